@@ -1,0 +1,23 @@
+"""Fused kernels for field-token transformers: attention, FFN, embedding lookup with sparse-row updates.
+
+Every operation has one specification in plain PyTorch (its `reference.py`) and takes
+`kernels="auto" | "eager" | "native" | "triton"`; `backends()` tells what runs here, and why not.
+"""
+
+from .attention import field_attention
+from .backend import Backend, BackendUnavailable, backends
+from .ffn import ffn
+from .layer import TransformerLayer
+from .sparse_update import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "EmbeddingTable",
+    "SparseRowwiseAdagrad",
+    "SparseSGD",
+    "TransformerLayer",
+    "backends",
+    "ffn",
+    "field_attention",
+]

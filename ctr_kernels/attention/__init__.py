@@ -1,0 +1,63 @@
+"""Attention over the fields of a row: checks, then the chosen backend."""
+
+import torch
+
+from ..backend import resolve
+from ..checks import HEAD_DIMS, MAX_FIELDS, same_float
+from ..philox import as_seed, check_dropout
+from .reference import field_attention_reference
+
+
+def field_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    kernels: str = "auto",
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v within each row's fields, for each head (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        q, k, v: [B, F, D], heads interleaved in D as `nn.Linear` leaves them; any strides, so they may be
+            views of one [B, F, 3D] projection. 0 <= B, 1 <= F <= 64.
+        num_heads: H; D / H must be 8, 16, 32 or 64.
+        scale: factor on the logits; None means 1 / sqrt(D / H).
+        dropout_p: probability of dropping an attention weight, in [0, 1); the mask is `philox.py`'s.
+        seed: 64-bit seed of the mask (int, or int64 tensor [1]); None draws one from torch's generator.
+        kernels: "auto", "eager", "native" or "triton".
+
+    Returns: [B, F, D], dtype of q.
+
+    Raises ValueError (shapes, limits), TypeError (dtypes), BackendUnavailable (a backend that cannot run).
+
+    >>> x = torch.randn(2, 27, 64)
+    >>> field_attention(x, x, x, num_heads=4).shape
+    torch.Size([2, 27, 64])
+    """
+    _check(q, k, v, num_heads)
+    check_dropout(dropout_p)
+    if scale is None:
+        scale = (q.shape[-1] // num_heads) ** -0.5
+    mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
+    resolve(kernels, q.device, "field_attention")
+    return field_attention_reference(q, k, v, num_heads, scale, dropout_p, mask_seed)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> None:
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}; [B, F, D] is needed")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, q has {tuple(q.shape)}; they must agree")
+    same_float({"q": q, "k": k, "v": v})
+    _, fields, dim = q.shape
+    if not 1 <= fields <= MAX_FIELDS:
+        raise ValueError(f"F={fields} fields; 1 to {MAX_FIELDS} are supported")
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"D={dim} is not divisible into num_heads={num_heads}")
+    if dim // num_heads not in HEAD_DIMS:
+        raise ValueError(f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}")

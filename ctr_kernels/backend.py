@@ -1,0 +1,95 @@
+"""Which backend runs an operation: the `kernels=` argument, resolved without ever switching silently."""
+
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+
+from .library import NATIVE_ABSENT
+
+CHOICES = ("auto", "eager", "native", "triton")
+
+# Operations that each backend implements; `auto` takes the fastest one that has the operation.
+IMPLEMENTED: dict[str, frozenset[str]] = {
+    "eager": frozenset({"field_attention", "ffn", "sparse_update"}),
+    "native": frozenset(),
+    "triton": frozenset(),
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run; the message says what is missing and what to do."""
+
+
+class Backend(NamedTuple):
+    """One row of `backends()`: what is available (None: not), and the reason when it is not."""
+
+    level: str | None
+    reason: str | None = None
+    operations: tuple[str, ...] = ()
+
+
+def _native() -> Backend:
+    if NATIVE_ABSENT is not None:
+        return Backend(None, NATIVE_ABSENT)
+    level = torch.ops.ctr.select_simd("")
+    if not IMPLEMENTED["native"]:
+        return Backend(None, f"the library is built ({level}) but holds no operation of this interface yet")
+    return Backend(level, None, tuple(sorted(IMPLEMENTED["native"])))
+
+
+def _triton() -> Backend:
+    if not IMPLEMENTED["triton"]:
+        return Backend(None, "no Triton kernel is part of this version yet")
+    if importlib.util.find_spec("triton") is None:
+        return Backend(None, "the package triton is not installed; run `pip install triton`")
+    operations = tuple(sorted(IMPLEMENTED["triton"]))
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Backend(f"sm_{major}{minor}", None, operations)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("interpreter", None, operations)
+    return Backend(None, "no CUDA device is visible; set TRITON_INTERPRET=1 to run on the CPU, slowly, for checking")
+
+
+def backends() -> dict[str, Backend]:
+    """What runs here: `{"native": Backend(level, reason, operations), "triton": ..., "eager": ...}`.
+
+    `level` names what is available (instruction set, compute capability) and is None where the backend
+    cannot run; `reason` then says why.
+
+    >>> backends()["eager"].level is not None
+    True
+    """
+    eager = Backend(f"torch {torch.__version__}", None, tuple(sorted(IMPLEMENTED["eager"])))
+    return {"native": _native(), "triton": _triton(), "eager": eager}
+
+
+def resolve(kernels: str, device: torch.device, operation: str) -> str:
+    """The backend that runs `operation` on `device`: "eager", "native" or "triton".
+
+    Raises ValueError for an unknown name and BackendUnavailable for a choice that cannot run here.
+    """
+    if kernels not in CHOICES:
+        raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
+    if kernels == "eager":
+        return "eager"
+    wanted = kernels
+    if kernels == "auto":
+        wanted = "triton" if device.type == "cuda" else "native"
+        if operation not in IMPLEMENTED[wanted]:
+            return "eager"
+        if wanted == "native" and (device.type != "cpu" or NATIVE_ABSENT is not None):
+            return "eager"
+        return wanted
+    found = backends()[wanted]
+    if found.level is None:
+        raise BackendUnavailable(f"kernels={wanted!r} cannot run: {found.reason}. kernels='eager' runs anywhere")
+    if operation not in IMPLEMENTED[wanted]:
+        raise BackendUnavailable(f"kernels={wanted!r} has no {operation} yet; kernels='eager' runs anywhere")
+    if wanted == "native" and device.type != "cpu":
+        raise BackendUnavailable(f"kernels='native' runs on CPU tensors, these are on {device}; use kernels='triton'")
+    if wanted == "triton" and device.type != "cuda" and found.level != "interpreter":
+        raise BackendUnavailable(f"kernels='triton' runs on CUDA tensors, these are on {device}")
+    return wanted

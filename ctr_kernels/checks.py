@@ -1,0 +1,19 @@
+"""Argument checks shared by the operations; every message quotes the offending value and the limit."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_FIELDS = 64
+HEAD_DIMS = (8, 16, 32, 64)
+
+
+def same_float(named: dict[str, torch.Tensor]) -> None:
+    """TypeError unless all tensors share one floating dtype; ValueError unless they share one device."""
+    (first_name, first), *others = named.items()
+    if first.dtype not in FLOATS:
+        raise TypeError(f"{first_name} has dtype {first.dtype}; floating point is needed")
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, {first_name} has {first.dtype}; they must agree")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first_name} is on {first.device}")

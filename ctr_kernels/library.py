@@ -1,0 +1,28 @@
+"""Schemas of the `ctr::` operators, and the loading of the native library that implements them on CPUs."""
+
+from pathlib import Path
+
+import torch
+
+LIBRARY = torch.library.Library("ctr", "DEF")
+LIBRARY.define("select_simd(str name) -> str")
+LIBRARY.define("dropout_mask(int rows, int width, int threshold, Tensor seed) -> Tensor")
+
+
+def _load_native() -> str | None:
+    """Load the native library; None when it is there, else the reason why it is not."""
+    here = Path(__file__).parent
+    candidates = sorted(here.glob("_native*.so"))
+    if not candidates:
+        note = here / "_native_absent.txt"
+        if note.exists():
+            return note.read_text().strip()
+        return "the extension is not built; run `pip install --no-build-isolation -e .` with a C++ compiler"
+    try:
+        torch.ops.load_library(str(candidates[0]))
+    except OSError as error:
+        return f"{candidates[0].name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+NATIVE_ABSENT: str | None = _load_native()

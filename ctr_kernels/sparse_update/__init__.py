@@ -1,0 +1,6 @@
+"""Embedding lookup and the optimizers that update only the rows of a step."""
+
+from .optimizers import SparseRowwiseAdagrad, SparseSGD
+from .table import EmbeddingTable
+
+__all__ = ["EmbeddingTable", "SparseRowwiseAdagrad", "SparseSGD"]

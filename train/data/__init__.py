@@ -1,0 +1,1 @@
+"""Criteo data: protocol, synthetic rows, preparation and loading."""
