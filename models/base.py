@@ -1,0 +1,64 @@
+"""What the three models share: which optimizer takes which parameter, and the last layer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ctr_kernels import EmbeddingTable
+
+
+class CTRModel(nn.Module):
+    """forward(dense [B, num_dense] float, sparse [B, num_sparse] int32/int64) -> logits [B].
+
+    `embedding_parameters()` and `dense_parameter_groups()` together hold every parameter exactly once.
+    """
+
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD, SparseRowwiseAdagrad."""
+        return [module.weight for module in self.modules() if isinstance(module, EmbeddingTable)]
+
+    def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """All other parameters as two groups for AdamW; only the matrices of linear layers decay.
+
+        Biases, norms, the CLS token and the tokenizer's own vectors (w and b of numeric tokens, bias of the
+        fields) do not.
+
+        NOTE rtdl_revisiting_models also decays the scale of the last LayerNorm; here no norm decays.
+
+        Returns: [{"params", "weight_decay": weight_decay}, {"params", "weight_decay": 0.0}].
+        """
+        decayed, kept = [], []
+        for module in self.modules():
+            if isinstance(module, EmbeddingTable):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                decays = isinstance(module, nn.Linear) and name == "weight"
+                (decayed if decays else kept).append(parameter)
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+class LogitLinear(nn.Linear):
+    """Linear(in_features, 1) outside autocast: logits rounded to bf16 collide, and ties shift the AUC.
+
+    >>> LogitLinear(64)(torch.randn(2, 64)).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, in_features] -> [B], in the dtype of the weight."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+
+
+def study_head(dim: int, dropout: float) -> nn.Sequential:
+    """LayerNorm, Linear(dim, dim), ReLU, dropout, Linear(dim, 1): pooled token [B, dim] -> logits [B].
+
+    The baseline study gives the widths 64 -> 64 -> 1 only; ReLU and the dropout behind it are our choice. The
+    norm comes after the pooling: the same for a CLS token, and one row instead of 27 for the mean.
+    """
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), LogitLinear(dim))

@@ -1,0 +1,189 @@
+"""DCN-V2: a cross network makes explicit feature interactions, an MLP the implicit ones."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .base import CTRModel, LogitLinear
+from .checks import check_choice, check_dropout, check_inputs, check_positive
+from .tokenizer import FeatureTokenizer, FieldEmbedding
+
+
+class DCNv2(CTRModel):
+    """DCN-V2 in the form of the baseline study, or of its paper (Wang et al. 2021).
+
+    x0 is the concatenation of the categorical embeddings and the dense features as they come, without projection
+    (26 * 16 + 13 = 429 for Criteo).
+
+    variant="study": low-rank cross layers of rank 32, MLP 256-128-64 in parallel, Linear on both outputs.
+        num_experts > 1 mixes low-rank experts with a softmax gate.
+    variant="paper": full-rank cross layers, or low-rank ones if a rank is given; num_experts > 1 adds the
+        paper's tanh and inner matrices to the experts.
+
+    Args:
+        num_embeddings, tables: rows of memory for embeddings, and how the fields share them ("shared" or
+            "per-field"); see FieldEmbedding.
+        dim: width of an embedding.
+        num_dense, num_sparse: number of numeric features and of categorical fields.
+        num_layers: number of cross layers.
+        rank: rank of a cross layer; None means 32 (study), full rank (paper).
+        num_experts: low-rank experts of a cross layer.
+        mlp_dims: widths of the MLP's layers.
+        structure: "parallel": the logit is Linear([cross(x0), MLP(x0)]); "stacked": Linear(MLP(cross(x0))).
+        norm: "none", or "batch": BatchNorm between Linear and ReLU in the MLP (then a training batch needs at
+            least 2 rows).
+        dropout: in the MLP, after ReLU; none in eval().
+        numeric_tokens: embed each numeric feature as x_j w_j + b_j before the concatenation (39 * 16 = 624 for
+            Criteo).
+        embedding_std: standard deviation of the initial embeddings.
+        kernels: "auto", "eager", "native" or "triton"; for the embedding lookup.
+
+    forward: dense [B, num_dense] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
+
+    Raises ValueError (arguments, shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
+
+    >>> model = DCNv2(num_embeddings=1000)
+    >>> model(torch.rand(2, 13), torch.randint(1000, (2, 26))).shape
+    torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_embeddings: int = 2_000_000,
+        dim: int = 16,
+        num_dense: int = 13,
+        num_sparse: int = 26,
+        num_layers: int = 3,
+        rank: int | None = None,
+        num_experts: int = 1,
+        mlp_dims: Sequence[int] = (256, 128, 64),
+        structure: str = "parallel",
+        norm: str = "none",
+        dropout: float = 0.1,
+        variant: str = "study",
+        tables: str = "shared",
+        numeric_tokens: bool = False,
+        embedding_std: float = 0.01,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("variant", variant, ("study", "paper"))
+        check_choice("structure", structure, ("parallel", "stacked"))
+        check_choice("norm", norm, ("none", "batch"))
+        check_dropout(dropout)
+        check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse, num_layers=num_layers,
+                       num_experts=num_experts, **{f"mlp_dims[{i}]": width for i, width in enumerate(mlp_dims)})
+        if not mlp_dims:
+            raise ValueError(f"mlp_dims={mlp_dims!r}: at least one layer is needed")
+        if rank is None and variant == "study":
+            rank = 32
+        if rank is None and num_experts > 1:
+            raise ValueError(f"num_experts={num_experts}: experts are low-rank; give a rank as well")
+        if rank is not None:
+            check_positive(rank=rank)
+        self.num_dense, self.num_sparse, self.structure = num_dense, num_sparse, structure
+        if numeric_tokens:
+            self.tokenizer: FeatureTokenizer | None = FeatureTokenizer(
+                num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse, dense="affine",
+                tables=tables, std=embedding_std, kernels=kernels)
+            width = dim * (num_sparse + num_dense)
+        else:
+            self.tokenizer = None
+            self.embedding = FieldEmbedding(num_embeddings=num_embeddings, dim=dim, num_fields=num_sparse,
+                                            tables=tables, std=embedding_std, kernels=kernels)
+            width = dim * num_sparse + num_dense
+        self.cross = nn.ModuleList(
+            FullRankCross(width) if rank is None
+            else LowRankCross(width, rank, num_experts=num_experts, inner=variant == "paper")
+            for _ in range(num_layers)
+        )
+        self.mlp = mlp([width, *mlp_dims], batch_norm=norm == "batch", dropout=dropout)
+        self.head = LogitLinear(mlp_dims[-1] + (width if structure == "parallel" else 0))
+
+    def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+        """dense [B, num_dense], sparse [B, num_sparse] -> logits [B]."""
+        x0 = self._concatenate(dense, sparse)
+        x = x0
+        for layer in self.cross:
+            x = layer(x0, x)
+        if self.structure == "stacked":
+            return self.head(self.mlp(x))
+        return self.head(torch.cat([x, self.mlp(x0)], dim=1))
+
+    def _concatenate(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+        """x0 [B, width]: numeric part first, then the fields in order."""
+        if self.tokenizer is not None:
+            return self.tokenizer(dense, sparse).flatten(1)
+        check_inputs(dense, sparse, self.num_dense, self.num_sparse)
+        embedded = self.embedding(sparse).flatten(1)
+        return torch.cat([dense.to(embedded.dtype), embedded], dim=1)
+
+
+class FullRankCross(nn.Module):
+    """x0 * (W x + b) + x (Wang et al. 2021, eq. 1).
+
+    >>> FullRankCross(429)(torch.randn(2, 429), torch.randn(2, 429)).shape
+    torch.Size([2, 429])
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x0 [B, width], x [B, width] -> [B, width]."""
+        return x0 * self.linear(x) + x
+
+
+class LowRankCross(nn.Module):
+    """x0 * (V (U x) + b) + x, or a gated mixture of such experts (Wang et al. 2021, section 3.5).
+
+    With K experts: x0 * (sum_k g_k(x) V_k h_k + b) + x, where g = softmax(Linear(x)) and h_k = U_k x, or
+    h_k = tanh(C_k tanh(U_k x)) with `inner`. The bias is one for all experts, as in the paper; since the gates
+    sum to 1 it stands outside the sum, and the sum over experts is one product with V = [V_1 ... V_K].
+
+    Args:
+        width, rank: size of x, and rank of each expert.
+        num_experts: K; 1 has neither a gate nor inner matrices.
+        inner: give the experts of a mixture the inner matrices C_k [rank, rank] and tanh.
+
+    NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
+    sigmoid, of x): softmax of a Linear with bias here, one for each layer.
+
+    >>> LowRankCross(429, 32, num_experts=4)(torch.randn(2, 429), torch.randn(2, 429)).shape
+    torch.Size([2, 429])
+    """
+
+    def __init__(self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False) -> None:
+        super().__init__()
+        self.num_experts, self.rank = num_experts, rank
+        self.u = nn.Linear(width, num_experts * rank, bias=False)
+        self.v = nn.Linear(num_experts * rank, width)
+        self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
+        self.inner = nn.ModuleList(
+            nn.Linear(rank, rank, bias=False) for _ in range(num_experts if inner and num_experts > 1 else 0)
+        )
+
+    def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x0 [B, width], x [B, width] -> [B, width]."""
+        hidden = self.u(x)  # [B, K * rank]
+        if self.gate is not None:
+            hidden = hidden.unflatten(1, (self.num_experts, self.rank))
+            if self.inner:
+                projected = torch.tanh(hidden).unbind(1)
+                hidden = torch.tanh(torch.stack([c(h) for c, h in zip(self.inner, projected, strict=True)], dim=1))
+            hidden = (torch.softmax(self.gate(x), dim=-1).unsqueeze(-1) * hidden).flatten(1)
+        return x0 * self.v(hidden) + x
+
+
+def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequential:
+    """[B, dims[0]] -> [B, dims[-1]]: Linear, BatchNorm if wanted, ReLU, dropout for each step."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(dims, dims[1:], strict=False):
+        layers.append(nn.Linear(inputs, outputs))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(outputs))
+        layers += [nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)

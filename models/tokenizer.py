@@ -1,0 +1,148 @@
+"""The tokenizer: a row's numeric features and categorical ids become tokens [B, F, dim]."""
+
+import torch
+from torch import nn
+
+from ctr_kernels import EmbeddingTable
+from ctr_kernels.sparse_update.table import check_ids
+
+from .checks import check_choice, check_inputs, check_positive
+
+DENSE_MODES = ("token", "affine", "scaled")
+TABLES = ("shared", "per-field")
+
+
+def uniform_vectors(*shape: int) -> nn.Parameter:
+    """A parameter [..., dim] drawn from U(-1/sqrt(dim), 1/sqrt(dim)), as rtdl_revisiting_models draws its vectors."""
+    bound = shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+class FieldEmbedding(nn.Module):
+    """One embedding row for each categorical field: ids [B, num_fields] -> [B, num_fields, dim].
+
+    Args:
+        num_embeddings: rows of memory over all fields; ids are in [0, num_embeddings).
+        dim: width of a row.
+        num_fields: number of categorical fields.
+        tables: "shared": all fields read one table of num_embeddings rows; equal ids share a row across fields
+            (so does id 0, the missing value). "per-field": each field has num_embeddings // num_fields rows of
+            its own and reads row `id % that`. The memory is the same, but ids of one field that differ by a
+            multiple of that number collide, and the remainder of the division (fewer than num_fields rows) is
+            not allocated.
+        std: standard deviation of the normal initialisation.
+        kernels: "auto", "eager", "native" or "triton".
+
+    NOTE the per-field tables lie one after the other in one parameter: a single lookup and a single update
+    serve all fields, and no row is shared between two of them.
+
+    >>> FieldEmbedding(num_embeddings=100, dim=8, num_fields=3)(torch.tensor([[5, 99, 0]])).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_embeddings: int,
+        dim: int,
+        num_fields: int,
+        tables: str = "shared",
+        std: float = 0.01,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("tables", tables, TABLES)
+        check_positive(num_fields=num_fields)
+        self.num_embeddings, self.tables = num_embeddings, tables
+        self.rows_per_field = num_embeddings // num_fields
+        if tables == "shared":
+            self.table = EmbeddingTable(num_embeddings, dim, std=std, kernels=kernels)
+            return
+        if self.rows_per_field < 1:
+            raise ValueError(f"num_embeddings={num_embeddings} leaves no row for each of {num_fields} fields")
+        self.table = EmbeddingTable(self.rows_per_field * num_fields, dim, std=std, kernels=kernels)
+        self.register_buffer("first_row", torch.arange(num_fields) * self.rows_per_field, persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int32/int64 [B, num_fields] -> [B, num_fields, dim]."""
+        if self.tables == "per-field":
+            if ids.device.type == "cpu":
+                check_ids(ids, self.num_embeddings)  # the modulo would hide an id out of range
+            ids = ids.remainder(self.rows_per_field) + self.first_row
+        return self.table(ids)
+
+    def extra_repr(self) -> str:
+        rows = f", {self.rows_per_field} rows a field" if self.tables == "per-field" else ""
+        return f"tables={self.tables!r}{rows}"
+
+
+class FeatureTokenizer(nn.Module):
+    """Tokens in the order CLS, numeric, categorical (Gorishniy et al. 2021, section 3.3 and figure 2a).
+
+    Args:
+        num_embeddings, dim, tables, std, kernels: see FieldEmbedding.
+        num_dense, num_sparse: number of numeric features and of categorical fields.
+        dense: "token": ONE token for all numeric features, Linear(num_dense, dim) (the baseline study).
+            "affine": a token for each feature, x_j w_j + b_j (FT-Transformer).
+            "scaled": a token for each feature, x_j w_j (AutoInt: Song et al. 2019, eq. 4).
+        field_bias: add a bias vector for each categorical field (FT-Transformer).
+        cls: put a learned CLS token, without bias, in front.
+
+    forward: dense [B, num_dense] float, converted to the dtype of the table; sparse [B, num_sparse] int32 or
+    int64 -> [B, num_tokens, dim].
+
+    Raises ValueError (shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
+
+    >>> tokenizer = FeatureTokenizer(num_embeddings=1000, dim=64, cls=True)
+    >>> tokenizer(torch.rand(2, 13), torch.randint(1000, (2, 26))).shape
+    torch.Size([2, 28, 64])
+    >>> tokenizer = FeatureTokenizer(num_embeddings=1000, dim=64, dense="affine")
+    >>> tokenizer(torch.rand(2, 13), torch.randint(1000, (2, 26))).shape
+    torch.Size([2, 39, 64])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_embeddings: int,
+        dim: int,
+        num_dense: int = 13,
+        num_sparse: int = 26,
+        dense: str = "token",
+        field_bias: bool = False,
+        cls: bool = False,
+        tables: str = "shared",
+        std: float = 0.01,
+        kernels: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_choice("dense", dense, DENSE_MODES)
+        check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse)
+        self.num_dense, self.num_sparse, self.dense = num_dense, num_sparse, dense
+        self.num_tokens = num_sparse + (1 if dense == "token" else num_dense) + int(cls)
+        self.embedding = FieldEmbedding(num_embeddings=num_embeddings, dim=dim, num_fields=num_sparse,
+                                        tables=tables, std=std, kernels=kernels)
+        if dense == "token":
+            self.dense_token = nn.Linear(num_dense, dim)
+        else:
+            self.dense_weight = uniform_vectors(num_dense, dim)
+            self.dense_bias = uniform_vectors(num_dense, dim) if dense == "affine" else None
+        self.field_bias = uniform_vectors(num_sparse, dim) if field_bias else None
+        self.cls = uniform_vectors(dim) if cls else None
+
+    def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+        """dense [B, num_dense], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
+        check_inputs(dense, sparse, self.num_dense, self.num_sparse)
+        categorical = self.embedding(sparse)
+        if self.field_bias is not None:
+            categorical = categorical + self.field_bias
+        tokens = [self._numeric(dense.to(self.embedding.table.weight.dtype)), categorical]
+        if self.cls is not None:
+            tokens.insert(0, self.cls.expand(dense.shape[0], 1, -1))
+        return torch.cat(tokens, dim=1)
+
+    def _numeric(self, dense: torch.Tensor) -> torch.Tensor:
+        if self.dense == "token":
+            return self.dense_token(dense).unsqueeze(1)
+        tokens = dense.unsqueeze(-1) * self.dense_weight  # [B, num_dense, dim]
+        return tokens if self.dense_bias is None else tokens + self.dense_bias
