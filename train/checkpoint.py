@@ -1,0 +1,121 @@
+"""Checkpoints: everything a run needs to go on bit for bit, in one file that is either whole or not there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctr_models import MODELS, CTRModel
+
+from .data.artifacts import Artifacts
+from .errors import UserError
+from .files import atomic_path
+
+FORMAT = "ctr-kernels checkpoint"
+VERSION = 1
+# Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
+MODEL_ARGUMENTS = ("variant", "dropout", "tables", "numeric_tokens")
+
+
+def save_checkpoint(
+    path: Path | str,
+    *,
+    model: CTRModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    schedulers: Sequence[torch.optim.lr_scheduler.LRScheduler],
+    loader_state: dict[str, int],
+    step: int,
+    config: dict[str, Any],
+    artifacts: Artifacts,
+    best: dict[str, Any] | None,
+) -> None:
+    """Write the state after `step` steps, and that of torch's random generators, atomically.
+
+    Args:
+        config: the run's settings; config["model"] names the model. Numbers, strings, lists and dicts only.
+        artifacts: those of the data the model is trained on.
+        best: {"step", "logloss", ...} of the best evaluation so far; None without one.
+
+    Raises UserError where the file cannot be written (an earlier file of that name stays as it is).
+    """
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "schedulers": [scheduler.state_dict() for scheduler in schedulers],
+        "loader": loader_state,
+        "step": step,
+        "config": config,
+        "artifacts": artifacts.to_dict(),
+        "best": best,
+        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []},
+    }
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        try:
+            torch.save(content, handle)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch covers a full disk with an error of its own
+                raise error.__context__ from None
+            raise
+
+
+def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str, Any]:
+    """The content of a checkpoint, tensors on the CPU: the keys that `save_checkpoint` writes.
+
+    Nothing but tensors and plain values is unpickled, so that a file from elsewhere cannot run code.
+
+    Raises UserError for a file that is missing, damaged or no checkpoint, and for another model than `model_name`.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # a truncated or foreign file surfaces as many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no checkpoint or a damaged one ({reason})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is a PyTorch file, but no checkpoint of ctr-train")
+    if content["version"] != VERSION:
+        raise UserError(f"{path} has checkpoint version {content['version']}; this program reads version {VERSION}")
+    found = content["config"]["model"]
+    if model_name is not None and found != model_name:
+        raise UserError(f"{path} is a checkpoint of the model {found!r}, not of {model_name!r}")
+    return content
+
+
+def restore_rng(content: dict[str, Any]) -> None:
+    """Set torch's generators to a checkpoint's; those of CUDA devices only where their number is the same."""
+    torch.set_rng_state(content["rng"]["cpu"])
+    if _cuda_in_use() and len(content["rng"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+
+
+def build_model(config: dict[str, Any], num_dense: int, kernels: str) -> CTRModel:
+    """The model that a run's config describes, newly initialised, on the CPU.
+
+    Args:
+        config: "model", "hash_bins", "variant", "dropout", "tables", "numeric_tokens"; "pooling" for "ft".
+        num_dense: 13, or 26 with missing indicators.
+        kernels: "auto", "eager", "native" or "triton".
+
+    Raises UserError for an unknown model or arguments that do not go together.
+    """
+    name = config["model"]
+    if name not in MODELS:
+        raise UserError(f"model {name!r}: choose one of {', '.join(MODELS)}")
+    arguments = {key: config[key] for key in MODEL_ARGUMENTS}
+    if name == "ft":
+        arguments["pooling"] = config["pooling"]
+    if name == "dcnv2" and arguments["numeric_tokens"] is None:
+        arguments["numeric_tokens"] = False
+    try:
+        return MODELS[name](num_embeddings=config["hash_bins"], num_dense=num_dense, kernels=kernels, **arguments)
+    except ValueError as error:
+        raise UserError(f"model {name!r} cannot be built: {error}") from error
+
+
+def _cuda_in_use() -> bool:
+    """Whether this process has begun to use CUDA; asking for its generators would otherwise start it."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
