@@ -114,6 +114,10 @@ class Split:
             return pieces[0]
         return Rows(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
+    def part(self, start: int, stop: int) -> "Part":
+        """Rows start to stop as a split of their own, not copied; ValueError unless 0 <= start < stop <= rows."""
+        return Part(self, start, stop)
+
     def _views(self, batch: int, start: int, stop: int) -> Rows:
         """Rows start to stop of one record batch, without a copy."""
 
@@ -125,6 +129,30 @@ class Split:
         return Rows(matrix(np.float32, self._dense_at[batch], self.num_dense),
                     matrix(np.int32, self._sparse_at[batch], NUM_SPARSE),
                     self._bytes[label_at + start:label_at + stop])
+
+
+class Part:
+    """Consecutive rows of a split, numbered from 0, with the interface of `Split`."""
+
+    def __init__(self, split: Split, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= split.rows:
+            raise ValueError(f"rows {start} to {stop} are no part of {split.path} of {split.rows:,} rows")
+        self._split, self._start = split, start
+        self.path, self.rows, self.num_dense = split.path, stop - start, split.num_dense
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def gather(self, indices: np.ndarray) -> Rows:
+        """As `Split.gather`."""
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.rows):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} are not within a part of {self.rows:,} rows")
+        return self._split.gather(indices + self._start)
+
+    def slice(self, start: int, stop: int) -> Rows:
+        """As `Split.slice`."""
+        start, stop, _ = slice(start, stop).indices(self.rows)
+        return self._split.slice(start + self._start, max(start, stop) + self._start)
 
 
 def open_split(directory: Path | str, name: str) -> Split:

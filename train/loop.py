@@ -1,0 +1,210 @@
+"""The training loop: steps, evaluations and checkpoints of one run."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ctr_models import CTRModel
+
+from .checkpoint import restore_rng, save_checkpoint
+from .data.artifacts import Artifacts
+from .data.dataset import Part, Split
+from .data.loader import Batch, Loader
+from .errors import UserError
+from .evaluate import evaluate
+from .interrupt import Interrupt
+from .optim import make_optimizers
+from .progress import TrainingProgress
+from .runlog import RunLog
+from .schedule import make_schedulers
+
+LOG_LINES = 200  # training lines of a whole run in metrics.jsonl
+CUDA_CHECK_EVERY = 50  # steps; to read a loss the host must wait for the device
+SAVE_SECONDS = 600.0  # last.pt is never older than that, evaluations or not
+HINT = "try a lower --lr or --embedding-lr, a longer --warmup, or --precision fp32"
+
+
+class Trainer:
+    """A model, its optimizers and the position in the data: what a step changes and a checkpoint holds.
+
+    Args:
+        directory: the run's; last.pt, best.pt and metrics.jsonl are written there.
+        config: the run's settings, as `run.py` makes them.
+        artifacts: those of the data.
+        model: on the loader's device.
+        loader: training batches.
+        valid: rows for the evaluations during training.
+
+    Attributes:
+        step: steps done, by this process or by one before it.
+        best: {"step", "logloss", "evaluations_since"} of the best evaluation so far; None without one.
+    """
+
+    def __init__(self, directory: Path, *, config: dict[str, Any], artifacts: Artifacts, model: CTRModel,
+                 loader: Loader, valid: Split | Part) -> None:
+        self.directory, self.config, self.artifacts = directory, config, artifacts
+        self.model, self.loader, self.valid, self.device = model, loader, valid, loader.device
+        self.optimizers = make_optimizers(
+            model, embedding_optimizer=config["embedding_optimizer"], embedding_lr=config["embedding_lr"],
+            lr=config["lr"], weight_decay=config["weight_decay"], kernels=config["kernels"])
+        self.total_steps = config["total_steps"]
+        self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self._saved_step: int | None = None
+        self._losses: list[torch.Tensor] = []  # of the latest steps, not yet read by the host
+        self._check_every = 1 if self.device.type == "cpu" else CUDA_CHECK_EVERY
+        self._log_every = max(1, self.total_steps // LOG_LINES)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Go on from a loaded checkpoint, random generators included."""
+        self.model.load_state_dict(content["model"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        self.loader.load_state_dict(content["loader"])
+        self.step, self.best, self._saved_step = content["step"], content["best"], content["step"]
+        restore_rng(content)
+
+    def train(self, interrupt: Interrupt) -> str:
+        """Train until all steps are done, patience is over or Ctrl-C was pressed, and save last.pt.
+
+        Returns: "finished", "patience" or "interrupted".
+
+        Raises UserError for a loss or weights that are NaN or infinite; the checkpoints are then from before.
+        """
+        progress = TrainingProgress(self.total_steps, self.step)
+        batches = self._endless_batches()
+        self._saved_at = time.monotonic()
+        self._begin_interval()
+        try:
+            with RunLog(self.directory, self.step) as self._log:
+                while (outcome := self._outcome(interrupt)) is None:
+                    self._train_step(next(batches))
+                    self._report(progress)
+                    if self.config["eval_every"] and self.step % self.config["eval_every"] == 0:
+                        self._evaluate(progress)
+                    elif time.monotonic() - self._saved_at > SAVE_SECONDS:
+                        self._save("last.pt")
+                if self._saved_step != self.step:
+                    self._save("last.pt")
+        finally:
+            batches.close()
+            progress.close()
+        return outcome
+
+    def _outcome(self, interrupt: Interrupt) -> str | None:
+        """Why training ends before the next step; None if it does not."""
+        if self.step >= self.total_steps:
+            return "finished"
+        if self.config["patience"] and self.best and self.best["evaluations_since"] >= self.config["patience"]:
+            return "patience"
+        return "interrupted" if interrupt.requested else None
+
+    def _endless_batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.loader
+
+    def _train_step(self, batch: Batch) -> None:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config["precision"] == "bf16"):
+            logits = self.model(batch.dense, batch.sparse)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
+        self._losses.append(loss.detach())
+        if len(self._losses) >= self._check_every:
+            self._read_losses(self.step + 1)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._lr = self.optimizers[1].param_groups[0]["lr"]
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        self.step += 1
+
+    def _read_losses(self, last_step: int) -> None:
+        """Fetch the losses up to that of `last_step`; UserError for the first that is NaN or infinite."""
+        if not self._losses:
+            return
+        first_step = last_step + 1 - len(self._losses)
+        losses = torch.stack(self._losses).tolist()
+        self._losses.clear()
+        for step, loss in enumerate(losses, start=first_step):
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss of step {step:,} is {loss}")
+        self._interval_losses += losses
+
+    def _report(self, progress: TrainingProgress) -> None:
+        """Show the progress and, at every `_log_every`-th step and the last one, add a line to metrics.jsonl."""
+        logs = self.step % self._log_every == 0 or self.step == self.total_steps
+        if logs:
+            self._read_losses(self.step)
+        if self._losses:
+            return  # on CUDA the latest loss is not known yet
+        seconds = time.perf_counter() - self._interval_started
+        rows = (self.step - self._interval_step) * self.config["batch_size"]
+        loss = sum(self._interval_losses) / len(self._interval_losses)
+        progress.update(self.step, loss, rows / seconds, (self.loader.wait_seconds - self._interval_waited) / seconds)
+        if logs:
+            self._log.write({"step": self.step, "epoch": self.step / self.config["steps_in_epoch"], "loss": loss,
+                             "rows_per_s": rows / seconds, "lr": self._lr})
+            self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        """The means and rates of the next log line count from here."""
+        self._interval_started, self._interval_waited = time.perf_counter(), self.loader.wait_seconds
+        self._interval_step, self._interval_losses = self.step, []
+
+    @contextmanager
+    def _not_counted(self) -> Iterator[None]:
+        """Leave the time within out of the interval's."""
+        started = time.perf_counter()
+        yield
+        self._interval_started += time.perf_counter() - started
+
+    def _evaluate(self, progress: TrainingProgress) -> None:
+        """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best; last.pt always."""
+        self._check_finite()
+        with self._not_counted():
+            metrics = evaluate(self.model, self.valid, batch_size=self.config["batch_size"], device=self.device,
+                               precision=self.config["precision"])
+        self._log.write({"event": "eval", "step": self.step, **metrics})
+        better = self.best is None or metrics["logloss"] < self.best["logloss"]
+        if better:
+            self.best = {"step": self.step, "logloss": metrics["logloss"], "evaluations_since": 0}
+        else:
+            self.best = {**self.best, "evaluations_since": self.best["evaluations_since"] + 1}
+        auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
+        progress.message(f"step {self.step:,}: validation logloss {metrics['logloss']:.4f}, AUC {auc}"
+                         + (" (best so far)" if better else ""))
+        if better:
+            self._save("best.pt")
+        self._save("last.pt")
+
+    def _save(self, name: str) -> None:
+        self._check_finite()
+        with self._not_counted():
+            save_checkpoint(self.directory / name, model=self.model, optimizers=self.optimizers,
+                            schedulers=self.schedulers, loader_state=self.loader.state_dict(), step=self.step,
+                            config=self.config, artifacts=self.artifacts, best=self.best)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def _check_finite(self) -> None:
+        """UserError for a loss not yet read, or a weight, that is NaN or infinite: nothing of that is ever saved."""
+        self._read_losses(self.step)
+        for name, weight in self.model.named_parameters():
+            if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+                raise self._diverged(f"after step {self.step:,} the weights {name} are NaN or infinite")
+
+    def _diverged(self, what: str) -> UserError:
+        if self._saved_step is None:
+            return UserError(f"{what}; there is no earlier checkpoint; {HINT}")
+        path = self.directory / "last.pt"
+        return UserError(f"{what}; the last good checkpoint is {path} (step {self._saved_step:,}); {HINT}")
