@@ -1,0 +1,73 @@
+"""`ctr-train`: train a model on prepared rows and evaluate it on the gold rows."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ctr_models import MODELS
+
+from .command import run_command
+from .machine import PRECISIONS
+from .optim import EMBEDDING_OPTIMIZERS
+from .recipes import HYPERPARAMETERS, RECIPES
+from .run import MACHINE, Request, run
+from .schedule import SCHEDULES
+
+NAME = "ctr-train"
+
+
+@click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})
+@click.option("--model", type=click.Choice(list(MODELS)), help="What to train; needed unless --resume says it.")
+@click.option("--data", type=click.Path(path_type=Path), help="Directory made by `ctr-data prepare`.  "
+              "[default: synthetic rows, made on first use]")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Hyperparameters by name; options below override "
+              "single ones.  [default: default]")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/MODEL-TIME]")
+@click.option("--resume", is_flag=True, default=None, help="Go on with the interrupted run in --out.")
+@click.option("--skip-if-done", is_flag=True, default=None, help="Print the result of the same run in --out if it is "
+              "finished, go on with it if it is not.")
+@click.option("--epochs", type=int, help="Passes over the data, or parts of --steps-per-epoch.")
+@click.option("--steps-per-epoch", type=int, help="Steps of an epoch; at most one pass over the data.")
+@click.option("--batch-size", type=int, help="Rows of a step.")
+@click.option("--lr", type=float, help="Learning rate of AdamW, for all but the embedding tables.")
+@click.option("--weight-decay", type=float, help="Of AdamW; norms, biases and CLS do not decay.")
+@click.option("--embedding-lr", type=float, help="Learning rate of the embedding tables.")
+@click.option("--embedding-optimizer", type=click.Choice(list(EMBEDDING_OPTIMIZERS)), help="For the embedding tables.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="Of both learning rates.")
+@click.option("--warmup", type=float, help="Steps of warm-up; below 1, a share of all steps.")
+@click.option("--dropout", type=float, help="Probability of dropping a unit, in [0, 1).")
+@click.option("--pooling", type=click.Choice(["cls", "mean"]), help="FT-Transformer: what the head reads.")
+@click.option("--variant", type=click.Choice(["study", "paper"]), help="The baseline study's form of the model, or its "
+              "paper's.")
+@click.option("--tables", type=click.Choice(["shared", "per-field"]), help="One embedding table, or one a field.")
+@click.option("--numeric-tokens/--dense-token", default=None, help="A token for each numeric feature, or one for all."
+              "  [default: the variant's own]")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="bf16: autocast; tf32: of matrix products on CUDA.")
+@click.option("--eval-every", type=int, help="Steps between evaluations on validation rows; 0: none.")
+@click.option("--patience", type=int, help="Stop after so many evaluations without a better logloss; 0: never.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of weights, dropout and the order of rows.  "
+              "[default: 0]")
+@click.option("--deterministic", is_flag=True, default=None, help="Only deterministic algorithms; slower on CUDA.")
+@click.option("--kernels", type=click.Choice(["auto", "eager", "native", "triton"]), help="Backend of the operations.  "
+              "[default: auto]")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: torch's]")
+def command(model: str | None, recipe: str | None, out: Path | None, resume: bool | None, skip_if_done: bool | None,
+            seed: int | None, deterministic: bool | None, **options: Any) -> int:
+    """Train DCNv2, AutoInt or FT-Transformer; ends with logloss and AUC on the gold rows.
+
+    The run's directory holds config.json, metrics.jsonl, last.pt, best.pt (with --eval-every) and gold.json.
+    Ctrl-C saves a checkpoint; --resume goes on from it as if nothing had happened.
+    """
+    return run(Request(model, recipe, seed, deterministic, {name: options[name] for name in HYPERPARAMETERS},
+                       {name: options[name] for name in MACHINE}, out, bool(resume), bool(skip_if_done)))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_command(command, NAME)
+
+
+if __name__ == "__main__":
+    main()
