@@ -1,5 +1,6 @@
 """Checkpoints: everything a run needs to go on bit for bit, in one file that is either whole or not there."""
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # a truncated or foreign file surfaces as many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a damaged or foreign file surfaces as almost any type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors and plain values"
         raise UserError(f"{path} is no checkpoint or a damaged one ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but no checkpoint of ctr-train")

@@ -89,7 +89,7 @@ class Trainer:
                 while (outcome := self._outcome(interrupt)) is None:
                     self._train_step(next(batches))
                     self._report(progress)
-                    if self.config["eval_every"] and self.step % self.config["eval_every"] == 0:
+                    if self._evaluates_now():
                         self._evaluate(progress)
                     elif time.monotonic() - self._saved_at > SAVE_SECONDS:
                         self._save("last.pt")
@@ -107,6 +107,10 @@ class Trainer:
         if self.config["patience"] and self.best and self.best["evaluations_since"] >= self.config["patience"]:
             return "patience"
         return "interrupted" if interrupt.requested else None
+
+    def _evaluates_now(self) -> bool:
+        every = self.config["eval_every"]
+        return bool(every) and (self.step % every == 0 or self.step == self.total_steps)
 
     def _endless_batches(self) -> Iterator[Batch]:
         while True:

@@ -54,6 +54,6 @@ def resolve_kernels(kernels: str, device: torch.device, model: str) -> dict[str,
 
 def versions() -> dict[str, Any]:
     """Versions of what decides a run's figures."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "pyarrow": pa.__version__, "platform": platform.platform(),
             "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None}

@@ -21,7 +21,8 @@ class Recipe:
         schedule, warmup: of both learning rates; warmup in steps, or below 1 as a share of all steps.
         dropout, pooling, variant, tables, numeric_tokens: arguments of the model (pooling: FT-Transformer only).
         precision: "fp32", "tf32" or "bf16".
-        eval_every: steps between evaluations on validation rows; 0: none, the last weights are the result.
+        eval_every: steps between evaluations on validation rows, and one after the last step; 0: none, the last
+            weights are the result.
         patience: stop after that many evaluations without a better logloss; 0: never.
         by_model: values that differ for a model, {"ft": {"lr": ...}}.
     """
