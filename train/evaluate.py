@@ -16,6 +16,7 @@ from .errors import UserError
 from .files import sha256
 from .metrics import evaluate_logits, reliability
 
+LABEL_ROWS = 65_536
 Progress = Callable[[int], None]  # called with the number of rows done since the last call
 
 
@@ -75,7 +76,12 @@ def evaluate(model: CTRModel, split: Split | Part, **options: Any) -> dict[str, 
 
     Raises UserError for NaN or infinite logits.
     """
-    return evaluate_logits(predict(model, split, **options), split.slice(0, split.rows).label.copy())
+    return evaluate_logits(predict(model, split, **options), _labels(split))
+
+
+def _labels(split: Split | Part) -> np.ndarray:
+    """All labels uint8 [rows] of a split; piece by piece, because a slice may copy the features beside them."""
+    return np.concatenate([split.slice(start, start + LABEL_ROWS).label for start in range(0, split.rows, LABEL_ROWS)])
 
 
 def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: str, **options: Any) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: 
     expected = artifacts.outputs[name]["sha256"]
     if checksum != expected:
         raise UserError(f"{split.path} has the SHA-256 {checksum}, its artifacts.json says {expected}: prepare again")
-    logits, labels = predict(model, split, **options), split.slice(0, split.rows).label.copy()
+    logits, labels = predict(model, split, **options), _labels(split)
     return {
         "split": name,
         "file": split.path.name,
