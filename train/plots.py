@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from .files import atomic_path
 
 SMOOTHING = 10  # log lines that the mean of a training curve reaches back, a 200th of a run each
+MIN_ROWS = 10  # of a bin in the reliability diagram
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
@@ -46,13 +47,21 @@ def smooth(values: Sequence[float], reach: int = SMOOTHING) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
+def wilson_interval(rate: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95% score interval of an observed rate among `count` rows; also sound at 0 and 1."""
+    z2 = 1.96**2
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 * np.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return np.minimum(centre - half, rate), np.maximum(centre + half, rate)  # rounding must not leave the rate outside
+
+
 def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
     """PNG: training loss (smoothed) and validation logloss against rows seen; the gold logloss at the end.
 
     Raises UserError where the file cannot be written.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for index, run in enumerate(runs):
         style = _style(index)
         if run.training:
@@ -81,8 +90,8 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
 def draw_reliability(runs: Sequence[RunCurves], path: Path) -> None:
     """PNG: observed click rate against mean prediction in each bin of prediction, and how many rows the bins hold.
 
-    The bars are two standard errors of the observed rate, sqrt(p (1 - p) / n): bins with few rows say little.
-    Raises UserError where the file cannot be written.
+    The bars are 95% intervals (Wilson 1927) of the observed rate. Bins of fewer than `MIN_ROWS` rows, which say
+    nothing of a rate, are counted below but not drawn above. Raises UserError where the file cannot be written.
     """
     figure = Figure(figsize=(6.5, 7.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -90,14 +99,20 @@ def draw_reliability(runs: Sequence[RunCurves], path: Path) -> None:
     drawn = [(index, run) for index, run in enumerate(runs) if run.reliability]
     for index, run in drawn:
         style = _style(index)
-        predicted, observed, count = (np.array([entry[key] for entry in run.reliability])
-                                      for key in ("mean_prediction", "observed_rate", "count"))
-        error = 2 * np.sqrt(observed * (1 - observed) / count)
-        top.errorbar(predicted, observed, yerr=np.minimum(error, [observed, 1 - observed]), marker="o", markersize=4,
-                     capsize=2, elinewidth=0.8, label=run.name, **style)
-        edges = np.array([entry["lower"] for entry in run.reliability] + [run.reliability[-1]["upper"]])
-        bottom.stairs(count, edges, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
-    top.set(title="reliability on the gold rows", ylabel="observed click rate", xlim=(0, 1), ylim=(0, 1))
+        predicted, observed, count, lower, upper = (
+            np.array([entry[key] for entry in run.reliability])
+            for key in ("mean_prediction", "observed_rate", "count", "lower", "upper"))
+        bins = round(1 / (upper[0] - lower[0]))
+        counts = np.zeros(bins, dtype=np.int64)  # with the empty bins, which a report leaves out
+        counts[(lower * bins).round().astype(np.int64)] = count
+        bottom.stairs(counts, np.arange(bins + 1) / bins, color=style["color"], linestyle=style["linestyle"],
+                      linewidth=1.5)
+        enough = count >= MIN_ROWS
+        low, high = wilson_interval(observed[enough], count[enough])
+        top.errorbar(predicted[enough], observed[enough], yerr=[observed[enough] - low, high - observed[enough]],
+                     marker="o", markersize=4, capsize=2, elinewidth=0.8, label=run.name, **style)
+    top.set(title=f"reliability on the gold rows (bins of {MIN_ROWS} rows or more)", ylabel="observed click rate",
+            xlim=(0, 1), ylim=(-0.01, 1.01))
     bottom.set(xlabel="predicted click probability", ylabel="rows in the bin")
     if drawn:
         bottom.set_yscale("log")
