@@ -92,7 +92,10 @@ def command(runs: tuple[Path, ...], out: Path) -> None:
 
 def load_runs(directories: Sequence[Path]) -> list[RunResult]:
     """The runs, each once, with names that tell them apart."""
-    unique = list({directory.resolve(): directory for directory in directories}.values())
+    first: dict[Path, Path] = {}
+    for directory in directories:
+        first.setdefault(directory.resolve(), directory)
+    unique = list(first.values())
     results = [RunResult.load(directory) for directory in unique]
     names = Counter(result.name for result in results)
     for directory, result in zip(unique, results, strict=True):
