@@ -7,6 +7,19 @@ import torch
 LIBRARY = torch.library.Library("ctr", "DEF")
 LIBRARY.define("select_simd(str name) -> str")
 LIBRARY.define("dropout_mask(int rows, int width, int threshold, Tensor seed) -> Tensor")
+LIBRARY.define("field_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, float dropout_p, "
+               "Tensor? seed) -> Tensor")
+LIBRARY.define("field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
+               "float dropout_p, Tensor? seed) -> Tensor")
+LIBRARY.define("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, "
+               "Tensor? seed) -> Tensor")
+LIBRARY.define("ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, "
+               "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("first_bad_id(Tensor ids, int num_rows) -> int")
+LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids) -> Tensor")
+LIBRARY.define("sparse_sgd(Tensor(a!) weight, Tensor ids, Tensor rows, float lr) -> ()")
+LIBRARY.define("sparse_rowwise_adagrad(Tensor(a!) weight, Tensor(b!) state, Tensor ids, Tensor rows, float lr, "
+               "float eps) -> ()")
 
 
 def _load_native() -> str | None:
