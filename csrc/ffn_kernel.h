@@ -78,24 +78,33 @@ void activate_slice(float* hidden, const float* mask, int64_t rows) {
   }
 }
 
-// hidden: A -> H; grad: dH -> dA; bias[64] += the column sums of dA.
-template <Activation kActivation>
-void differentiate_slice(float* hidden, float* grad, const float* mask, int64_t rows, float* bias) {
-  for (int64_t c = 0; c < kSlice; c += W) {
-    Vec sum = load(bias + c);
-    for (int64_t i = c; i < rows * kSlice; i += kSlice) {
-      ValueAndSlope h = activate<kActivation>(load(hidden + i));
-      if (mask != nullptr) {
-        const Vec multiplier = load(mask + i);
-        h.value *= multiplier;
-        h.slope *= multiplier;
-      }
-      const Vec g = load(grad + i) * h.slope;
-      store(hidden + i, h.value);
-      store(grad + i, g);
-      sum += g;
+constexpr int64_t kSumRows = 8;  // column sums are taken in blocks, so that rounding errors do not pile up
+
+// bias[0..columns) += the column sums of rows [rows, pitch].
+inline void add_columns(const float* in, int64_t pitch, int64_t rows, int64_t columns, float* sums) {
+  for (int64_t c = 0; c < columns; c += W) {
+    Vec sum = {};
+    for (int64_t r = 0; r < rows; r += kSumRows) {
+      Vec block = {};
+      for (int64_t i = r; i < rows && i < r + kSumRows; ++i) block += load(in + i * pitch + c);
+      sum += block;
     }
-    store(bias + c, sum);
+    store(sums + c, load(sums + c) + sum);
+  }
+}
+
+// hidden: A -> H; grad: dH -> dA.
+template <Activation kActivation>
+void differentiate_slice(float* hidden, float* grad, const float* mask, int64_t rows) {
+  for (int64_t i = 0; i < rows * kSlice; i += W) {
+    ValueAndSlope h = activate<kActivation>(load(hidden + i));
+    if (mask != nullptr) {
+      const Vec multiplier = load(mask + i);
+      h.value *= multiplier;
+      h.slope *= multiplier;
+    }
+    store(hidden + i, h.value);
+    store(grad + i, load(grad + i) * h.slope);
   }
 }
 
@@ -135,11 +144,7 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
     const float* x = tile_rows(args, args.x, tile, x_rows.get());
     const float* gy = tile_rows(args, args.grad_out, tile, gy_rows.get());
     float* gx = tile_out(args, tile, gx_rows.get());
-    for (int64_t c = 0; c < dp; c += W) {
-      Vec sum = load(sums.b2 + c);
-      for (int64_t r = 0; r < tile.rows; ++r) sum += load(gy + r * dp + c);
-      store(sums.b2 + c, sum);
-    }
+    add_columns(gy, dp, tile.rows, dp, sums.b2);
     for (int64_t slice = 0; slice < args.slices; ++slice) {
       const int64_t unit = slice * kSlice;
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, dp, args.w1t + unit * args.dim, kSlice,
@@ -147,8 +152,8 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, gy, dp, args.w2 + unit * args.dim, kSlice,
                          Store{grad.get(), kSlice});
       if (dropping) slice_mask(args, tile, slice, mask.get());
-      differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping ? mask.get() : nullptr, tile.rows,
-                                       sums.b1 + unit);
+      differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping ? mask.get() : nullptr, tile.rows);
+      add_columns(grad.get(), kSlice, tile.rows, kSlice, sums.b1 + unit);
       if (slice == 0)
         gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, Store{gx, dp});
       else

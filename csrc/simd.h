@@ -34,8 +34,14 @@ inline Vec permute(Vec a, IVec index) {
   for (int i = 0; i < W; ++i) r[i] = a[index[i]];
   return r;
 }
+inline Vec permute(Vec a, Vec b, IVec index) {
+  Vec r;
+  for (int i = 0; i < W; ++i) r[i] = index[i] < W ? a[index[i]] : b[index[i] - W];
+  return r;
+}
 #else
 inline Vec permute(Vec a, IVec index) { return __builtin_shuffle(a, index); }
+inline Vec permute(Vec a, Vec b, IVec index) { return __builtin_shuffle(a, b, index); }
 #endif
 
 // Sum and maximum over the lanes, in every lane.
@@ -76,17 +82,17 @@ inline Vec exp2_nonpositive(Vec x) {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// W rows of W floats, transposed in registers: log2(W) rounds of two-row exchanges.
+// W rows of W floats, transposed in registers: log2(W) rounds, each exchanging blocks between two rows.
 inline void transpose(Vec (&rows)[W]) {
   const IVec lanes = lane_index();
   for (int bit = 1; bit < W; bit <<= 1) {
-    const IVec upper = (lanes & bit) != 0;  // -1 where the lane's bit is set
+    const IVec set = (lanes & bit) != 0;  // -1 where the lane's bit is set
+    const IVec first = set ? (lanes ^ bit) + W : lanes, second = set ? lanes + W : lanes ^ bit;
     for (int i = 0; i < W; ++i) {
       if (i & bit) continue;
       const Vec a = rows[i], b = rows[i | bit];
-      const Vec b_down = permute(b, lanes ^ bit), a_up = permute(a, lanes ^ bit);
-      rows[i] = upper ? b_down : a;
-      rows[i | bit] = upper ? b : a_up;
+      rows[i] = permute(a, b, first);
+      rows[i | bit] = permute(a, b, second);
     }
   }
 }

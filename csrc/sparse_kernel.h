@@ -15,7 +15,8 @@ constexpr int64_t kMaxRowFloats = 1024;  // of a sum kept on the stack at a time
 inline int64_t id_of(uint64_t pair) { return static_cast<int64_t>(pair >> 32); }
 inline int64_t position_of(uint64_t pair) { return static_cast<int64_t>(pair & 0xFFFFFFFFu); }
 
-inline void prefetch_row(const float* row, int64_t dim, bool write) {
+// Always inlined: GCC takes a function that only prefetches for one without effect, and drops the call.
+__attribute__((always_inline)) inline void prefetch_row(const float* row, int64_t dim, bool write) {
   for (int64_t c = 0; c < dim; c += 16) {
     if (write) __builtin_prefetch(row + c, 1, 3);
     else __builtin_prefetch(row + c, 0, 3);
