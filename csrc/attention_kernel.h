@@ -52,8 +52,9 @@ inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, i
 // Prefetches a head's share of the next sample, whole rows in the order of memory: a head's own lines, one or two of
 // every row, are a pattern that the hardware does not foresee. Always inlined: GCC takes a function that only
 // prefetches for one without effect, and drops the call.
-__attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args, std::initializer_list<const Strided*> tensors, int64_t sample,
-                       int64_t last, int64_t head) {
+__attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args,
+                                                         std::initializer_list<const Strided*> tensors,
+                                                         int64_t sample, int64_t last, int64_t head) {
   if (sample + 1 >= last) return;
   const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
   for (int64_t r = args.fields * head / args.heads; r < args.fields * (head + 1) / args.heads; ++r)

@@ -1,6 +1,7 @@
 """Schemas of the `ctr::` operators, and the loading of the native library that implements them on CPUs."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +40,17 @@ def _load_native() -> str | None:
 
 
 NATIVE_ABSENT: str | None = _load_native()
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x itself where the last dimension is contiguous, whatever the other strides; else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def no_double_backward(operator: str) -> None:
+    """Make a second derivative through `operator` an error; without this it would silently be zero."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{operator} has no derivative: double backward needs kernels='eager'")
+
+    torch.library.register_autograd(operator, refuse, lib=LIBRARY)
