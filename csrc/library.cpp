@@ -2,7 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "simd_level.h"
 
@@ -10,10 +12,33 @@ using torch::stable::Tensor;
 
 namespace ctr {
 Tensor dropout_mask(int64_t rows, int64_t width, int64_t threshold, Tensor seed);
+Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
+                       std::optional<Tensor> seed);
+Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale,
+                                double dropout_p, std::optional<Tensor> seed);
+Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activation, double dropout_p,
+           std::optional<Tensor> seed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
+                                                                Tensor w2, Tensor b2, int64_t activation,
+                                                                double dropout_p, std::optional<Tensor> seed);
+int64_t first_bad_id(Tensor ids, int64_t num_rows);
+Tensor embedding_lookup(Tensor weight, Tensor ids);
+void sparse_sgd(Tensor weight, Tensor ids, Tensor rows, double lr);
+void sparse_rowwise_adagrad(Tensor weight, Tensor state, Tensor ids, Tensor rows, double lr, double eps);
 }  // namespace ctr
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CompositeExplicitAutograd, m) {
   m.impl("select_simd", TORCH_BOX(&ctr::select_simd));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) { m.impl("dropout_mask", TORCH_BOX(&ctr::dropout_mask)); }
+STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
+  m.impl("dropout_mask", TORCH_BOX(&ctr::dropout_mask));
+  m.impl("field_attention", TORCH_BOX(&ctr::field_attention));
+  m.impl("field_attention_backward", TORCH_BOX(&ctr::field_attention_backward));
+  m.impl("ffn", TORCH_BOX(&ctr::ffn));
+  m.impl("ffn_backward", TORCH_BOX(&ctr::ffn_backward));
+  m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));
+  m.impl("embedding_lookup", TORCH_BOX(&ctr::embedding_lookup));
+  m.impl("sparse_sgd", TORCH_BOX(&ctr::sparse_sgd));
+  m.impl("sparse_rowwise_adagrad", TORCH_BOX(&ctr::sparse_rowwise_adagrad));
+}

@@ -10,10 +10,17 @@ from .library import NATIVE_ABSENT
 
 CHOICES = ("auto", "eager", "native", "triton")
 
+# What the native kernels take; their arithmetic is always fp32.
+NATIVE_DTYPES = {
+    "field_attention": (torch.float32, torch.bfloat16),
+    "ffn": (torch.float32, torch.bfloat16),
+    "sparse_update": (torch.float32,),
+}
+
 # Operations that each backend implements; `auto` takes the fastest one that has the operation.
 IMPLEMENTED: dict[str, frozenset[str]] = {
     "eager": frozenset({"field_attention", "ffn", "sparse_update"}),
-    "native": frozenset(),
+    "native": frozenset({"field_attention", "ffn", "sparse_update"}),
     "triton": frozenset(),
 }
 
@@ -33,10 +40,7 @@ class Backend(NamedTuple):
 def _native() -> Backend:
     if NATIVE_ABSENT is not None:
         return Backend(None, NATIVE_ABSENT)
-    level = torch.ops.ctr.select_simd("")
-    if not IMPLEMENTED["native"]:
-        return Backend(None, f"the library is built ({level}) but holds no operation of this interface yet")
-    return Backend(level, None, tuple(sorted(IMPLEMENTED["native"])))
+    return Backend(torch.ops.ctr.select_simd(""), None, tuple(sorted(IMPLEMENTED["native"])))
 
 
 def _triton() -> Backend:
@@ -66,10 +70,11 @@ def backends() -> dict[str, Backend]:
     return {"native": _native(), "triton": _triton(), "eager": eager}
 
 
-def resolve(kernels: str, device: torch.device, operation: str) -> str:
-    """The backend that runs `operation` on `device`: "eager", "native" or "triton".
+def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that runs `operation` on tensors of `device` and `dtype`: "eager", "native" or "triton".
 
-    Raises ValueError for an unknown name and BackendUnavailable for a choice that cannot run here.
+    Raises ValueError for an unknown name, BackendUnavailable for a choice that cannot run here, and TypeError for
+    a dtype that the chosen backend does not take.
     """
     if kernels not in CHOICES:
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
@@ -80,16 +85,19 @@ def resolve(kernels: str, device: torch.device, operation: str) -> str:
         wanted = "triton" if device.type == "cuda" else "native"
         if operation not in IMPLEMENTED[wanted]:
             return "eager"
-        if wanted == "native" and (device.type != "cpu" or NATIVE_ABSENT is not None):
-            return "eager"
-        return wanted
-    found = backends()[wanted]
-    if found.level is None:
-        raise BackendUnavailable(f"kernels={wanted!r} cannot run: {found.reason}. kernels='eager' runs anywhere")
+        runs = wanted == "triton" or (device.type == "cpu" and NATIVE_ABSENT is None
+                                      and dtype in NATIVE_DTYPES[operation])
+        return wanted if runs else "eager"
+    reason = NATIVE_ABSENT if wanted == "native" else _triton().reason  # backends() cannot be traced by torch.compile
+    if reason is not None:
+        raise BackendUnavailable(f"kernels={wanted!r} cannot run: {reason}. kernels='eager' runs anywhere")
     if operation not in IMPLEMENTED[wanted]:
         raise BackendUnavailable(f"kernels={wanted!r} has no {operation} yet; kernels='eager' runs anywhere")
     if wanted == "native" and device.type != "cpu":
         raise BackendUnavailable(f"kernels='native' runs on CPU tensors, these are on {device}; use kernels='triton'")
-    if wanted == "triton" and device.type != "cuda" and found.level != "interpreter":
+    if wanted == "native" and dtype not in NATIVE_DTYPES[operation]:
+        taken = " and ".join(str(d) for d in NATIVE_DTYPES[operation])
+        raise TypeError(f"{operation} with kernels='native' takes {taken}, not {dtype}; kernels='eager' takes any")
+    if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailable(f"kernels='triton' runs on CUDA tensors, these are on {device}")
     return wanted

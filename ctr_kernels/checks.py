@@ -7,6 +7,15 @@ MAX_FIELDS = 64
 HEAD_DIMS = (8, 16, 32, 64)
 
 
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype of an active `torch.autocast` of their device; as they are without one."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
 def same_float(named: dict[str, torch.Tensor]) -> None:
     """TypeError unless all tensors share one floating dtype; ValueError unless they share one device."""
     (first_name, first), *others = named.items()

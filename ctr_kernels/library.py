@@ -1,12 +1,26 @@
 """Schemas of the `ctr::` operators, and the loading of the native library that implements them on CPUs."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("ctr", "DEF")
 LIBRARY.define("select_simd(str name) -> str")
 LIBRARY.define("dropout_mask(int rows, int width, int threshold, Tensor seed) -> Tensor")
+LIBRARY.define("field_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, float dropout_p, "
+               "Tensor? seed) -> Tensor")
+LIBRARY.define("field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
+               "float dropout_p, Tensor? seed) -> Tensor")
+LIBRARY.define("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, "
+               "Tensor? seed) -> Tensor")
+LIBRARY.define("ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, "
+               "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("first_bad_id(Tensor ids, int num_rows) -> int")
+LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids) -> Tensor")
+LIBRARY.define("sparse_sgd(Tensor(a!) weight, Tensor ids, Tensor rows, float lr) -> ()")
+LIBRARY.define("sparse_rowwise_adagrad(Tensor(a!) weight, Tensor(b!) state, Tensor ids, Tensor rows, float lr, "
+               "float eps) -> ()")
 
 
 def _load_native() -> str | None:
@@ -26,3 +40,17 @@ def _load_native() -> str | None:
 
 
 NATIVE_ABSENT: str | None = _load_native()
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """x itself where the last dimension is contiguous, whatever the other strides; else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def no_double_backward(operator: str) -> None:
+    """Make a second derivative through `operator` an error; without this it would silently be zero."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{operator} has no derivative: double backward needs kernels='eager'")
+
+    torch.library.register_autograd(operator, refuse, lib=LIBRARY)

@@ -3,8 +3,9 @@
 import torch
 
 from ..backend import resolve
-from ..checks import HEAD_DIMS, MAX_FIELDS, same_float
+from ..checks import HEAD_DIMS, MAX_FIELDS, autocast, same_float
 from ..philox import as_seed, check_dropout
+from .native import field_attention_native
 from .reference import field_attention_reference
 
 
@@ -38,13 +39,15 @@ def field_attention(
     >>> field_attention(x, x, x, num_heads=4).shape
     torch.Size([2, 27, 64])
     """
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
     if scale is None:
         scale = (q.shape[-1] // num_heads) ** -0.5
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
-    resolve(kernels, q.device, "field_attention")
-    return field_attention_reference(q, k, v, num_heads, scale, dropout_p, mask_seed)
+    backend = resolve(kernels, q.device, "field_attention", q.dtype)
+    run = field_attention_native if backend == "native" else field_attention_reference
+    return run(q, k, v, num_heads, scale, dropout_p, mask_seed)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> None:

@@ -3,8 +3,9 @@
 import torch
 
 from ..backend import resolve
-from ..checks import same_float
+from ..checks import autocast, same_float
 from ..philox import as_seed, check_dropout
+from .native import ffn_native
 from .reference import ACTIVATIONS, ffn_reference
 
 
@@ -39,11 +40,13 @@ def ffn(
     >>> ffn(x, w1, torch.zeros(256), w2, torch.zeros(64)).shape
     torch.Size([2, 27, 64])
     """
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     _check(x, w1, b1, w2, b2, activation)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    resolve(kernels, x.device, "ffn")
-    return ffn_reference(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
+    backend = resolve(kernels, x.device, "ffn", x.dtype)
+    run = ffn_native if backend == "native" else ffn_reference
+    return run(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
 
 
 def _check(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..backend import CHOICES, resolve
+from .native import rowwise_adagrad_native, sgd_native
 from .reference import rowwise_adagrad_reference, sgd_reference
 
 
@@ -38,11 +39,12 @@ class _SparseRowOptimizer(torch.optim.Optimizer):
                 if not grad.is_sparse or grad.sparse_dim() != 1:
                     raise ValueError(f"the gradient of a table {tuple(param.shape)} is dense; sparse rows are "
                                      "needed: use EmbeddingTable or nn.Embedding(sparse=True)")
-                resolve(self.kernels, param.device, "sparse_update")
-                self._update(param, grad._indices()[0], grad._values(), group)
+                backend = resolve(self.kernels, param.device, "sparse_update", param.dtype)
+                self._update(param, grad._indices()[0], grad._values(), group, backend)
         return loss
 
-    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any],
+                backend: str) -> None:
         raise TypeError("use SparseSGD or SparseRowwiseAdagrad")
 
 
@@ -62,8 +64,10 @@ class SparseSGD(_SparseRowOptimizer):
     def __init__(self, params: Iterable[Any], lr: float = 0.01, *, kernels: str = "auto") -> None:
         super().__init__(params, {"lr": lr}, kernels)
 
-    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any]) -> None:
-        sgd_reference(weight, ids, rows, group["lr"])
+    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any],
+                backend: str) -> None:
+        update = sgd_native if backend == "native" else sgd_reference
+        update(weight, ids, rows, group["lr"])
 
 
 class SparseRowwiseAdagrad(_SparseRowOptimizer):
@@ -83,8 +87,10 @@ class SparseRowwiseAdagrad(_SparseRowOptimizer):
             raise ValueError(f"eps={eps} must be positive")
         super().__init__(params, {"lr": lr, "eps": eps}, kernels)
 
-    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any],
+                backend: str) -> None:
         state = self.state[weight]
         if "sum" not in state:
             state["sum"] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-        rowwise_adagrad_reference(weight, state["sum"], ids, rows, group["lr"], group["eps"])
+        update = rowwise_adagrad_native if backend == "native" else rowwise_adagrad_reference
+        update(weight, state["sum"], ids, rows, group["lr"], group["eps"])

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..backend import CHOICES, resolve
+from ..library import NATIVE_ABSENT
+from .native import embedding_lookup_native, first_bad_id_native
 
 
 class EmbeddingTable(nn.Module):
@@ -33,13 +35,16 @@ class EmbeddingTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
         nn.init.normal_(self.weight, std=std)
 
+    @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [...] -> [..., dim]."""
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids have dtype {ids.dtype}; int32 or int64 is needed")
-        resolve(self.kernels, self.weight.device, "sparse_update")
+        backend = resolve(self.kernels, self.weight.device, "sparse_update", self.weight.dtype)
         if ids.device.type == "cpu":
             check_ids(ids, self.num_rows)
+        if backend == "native":
+            return embedding_lookup_native(self.weight, ids)
         return F.embedding(ids, self.weight, sparse=True)
 
     def extra_repr(self) -> str:
@@ -48,8 +53,14 @@ class EmbeddingTable(nn.Module):
 
 def check_ids(ids: torch.Tensor, num_rows: int) -> None:
     """IndexError that names the first id outside [0, num_rows), its position and the size of the table."""
-    if ids.numel() == 0 or (ids.min() >= 0 and ids.max() < num_rows):
+    if ids.numel() == 0:
         return
-    position = ((ids < 0) | (ids >= num_rows)).nonzero()[0].tolist()
-    raise IndexError(f"id {ids[tuple(position)].item()} at position {position} is outside the table of "
-                     f"{num_rows} rows")
+    if NATIVE_ABSENT is None:
+        first = first_bad_id_native(ids, num_rows)
+    else:
+        wrong = ((ids < 0) | (ids >= num_rows)).flatten()
+        first = int(wrong.int().argmax()) if wrong.any() else -1
+    if first >= 0:
+        position = [int(i) for i in torch.unravel_index(torch.tensor(first), ids.shape)]
+        raise IndexError(f"id {ids.flatten()[first].item()} at position {position} is outside the table of "
+                         f"{num_rows} rows")

@@ -1,0 +1,75 @@
+// ctr::field_attention and its backward on CPUs: checks, outputs, and the samples shared among threads.
+#include "tensor_args.h"
+
+namespace ctr {
+namespace {
+
+Strided strided(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
+
+// Everything but the outputs, checked.
+AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale,
+                             double dropout_p, const std::optional<Tensor>& seed) {
+  AttentionArgs args{};
+  args.type = type_of(q, "q");
+  STD_TORCH_CHECK(q.dim() == 3, "q has ", q.dim(), " dimensions; [B, F, D] is needed");
+  const int64_t batch = q.size(0), fields = q.size(1), dim = q.size(2);
+  check_shape(k, {batch, fields, dim}, "k");
+  check_shape(v, {batch, fields, dim}, "v");
+  for (const Tensor* t : {&q, &k, &v}) {
+    check_type(*t, q.scalar_type(), "q, k or v");
+    STD_TORCH_CHECK(t->stride(2) == 1 || t->numel() == 0, "the last dimension of q, k and v must be contiguous");
+  }
+  STD_TORCH_CHECK(fields >= 1 && fields <= 64, "F=", fields, " fields; 1 to 64 are supported");
+  STD_TORCH_CHECK(num_heads >= 1 && dim % num_heads == 0, "D=", dim, " is not divisible into num_heads=", num_heads);
+  const int64_t width = dim / num_heads;
+  STD_TORCH_CHECK(width == 8 || width == 16 || width == 32 || width == 64, "D / num_heads = ", width,
+                  "; supported are 8, 16, 32, 64");
+  args.fields = fields;
+  args.heads = num_heads;
+  args.head_dim = width;
+  args.scale = static_cast<float>(scale);
+  args.dropout = dropout_args(dropout_p, seed);
+  args.q = strided(q);
+  args.k = strided(k);
+  args.v = strided(v);
+  return args;
+}
+
+}  // namespace
+
+Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
+                       std::optional<Tensor> seed) {
+  AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
+  Tensor out = new_output({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
+  args.out = strided(out);
+  const KernelTable& kernels = kernels_for(args.head_dim);
+  torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
+    kernels.attention_forward(args, first, last);
+  });
+  return out;
+}
+
+// The gradients of q, k and v side by side: [B, F, 3 D], as a fused projection's backward wants them.
+Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale,
+                                double dropout_p, std::optional<Tensor> seed) {
+  AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
+  const int64_t batch = q.size(0), fields = q.size(1), dim = q.size(2);
+  check_shape(grad_out, {batch, fields, dim}, "grad_out");
+  check_type(grad_out, q.scalar_type(), "grad_out");
+  STD_TORCH_CHECK(grad_out.stride(2) == 1 || grad_out.numel() == 0,
+                  "the last dimension of grad_out must be contiguous");
+  Tensor grads = new_output({batch, fields, 3 * dim}, q.scalar_type());
+  const int64_t bytes = static_cast<int64_t>(grads.element_size()) * dim;
+  char* data = static_cast<char*>(grads.mutable_data_ptr());
+  args.grad_out = strided(grad_out);
+  args.dq = {data, fields * 3 * dim, 3 * dim};
+  args.dk = {data + bytes, fields * 3 * dim, 3 * dim};
+  args.dv = {data + 2 * bytes, fields * 3 * dim, 3 * dim};
+  const KernelTable& kernels = kernels_for(args.head_dim);
+  torch::stable::parallel_for(0, batch, 16, [&](int64_t first, int64_t last) {
+    kernels.attention_backward(args, first, last);
+  });
+  return grads;
+}
+
+}  // namespace ctr

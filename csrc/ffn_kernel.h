@@ -1,0 +1,185 @@
+// The feed-forward network on tiles of 96 tokens, its hidden in slices of 64 units that never leave the cache.
+//
+// Forward, a slice: A = X W1^T + b1; H = act(A) * M; Y += H W2^T.
+// Backward, A and H recomputed: dH = dY W2; dA = dH * M * act'(A); dX += dA W1; dW1 += dA^T X; dW2^T += H^T dY;
+// db1 += columnsum(dA); db2 += columnsum(dY).
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "activation.h"
+#include "convert.h"
+#include "gemm.h"
+#include "philox_vector.h"
+
+namespace ctr {
+namespace CTR_ISA {
+
+constexpr int64_t kSlice = kFfnSlice;
+
+// Cache-line aligned floats on the heap.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (posix_memalign(reinterpret_cast<void**>(&data_), 64, count * sizeof(float)) != 0) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_ = nullptr;
+};
+
+struct Tile {
+  int64_t first, rows;  // tokens
+};
+
+inline Tile tile_at(const FfnArgs& args, int64_t index) {
+  const int64_t first = index * kFfnTile, left = args.tokens - first;
+  return {first, left < kFfnTile ? left : kFfnTile};
+}
+
+inline int64_t bytes_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Rows of x or grad_out with pitch dp: in place where the memory allows it, else through the scratch.
+inline const float* tile_rows(const FfnArgs& args, const void* tensor, const Tile& tile, float* scratch) {
+  const char* from = static_cast<const char*>(tensor) + tile.first * args.dim * bytes_of(args.type);
+  if (args.type == Type::f32 && args.dp == args.dim) return reinterpret_cast<const float*>(from);
+  read_rows(args.type, from, args.dim, tile.rows, args.dim, scratch, args.dp);
+  return scratch;
+}
+inline float* tile_out(const FfnArgs& args, const Tile& tile, float* scratch) {
+  if (args.type != Type::f32 || args.dp != args.dim) return scratch;
+  return static_cast<float*>(args.out) + tile.first * args.dim;
+}
+inline void flush_tile(const FfnArgs& args, const Tile& tile, const float* rows) {
+  if (args.type == Type::f32 && args.dp == args.dim) return;
+  write_rows(args.type, rows, args.dp, tile.rows, args.dim,
+             static_cast<char*>(args.out) + tile.first * args.dim * bytes_of(args.type), args.dim);
+}
+
+// Dropout multipliers of a slice of the hidden of one tile: mask [rows, 64].
+inline void slice_mask(const FfnArgs& args, const Tile& tile, int64_t slice, float* mask) {
+  const int64_t groups = (args.hidden + 31) / 32;
+  for (int64_t r = 0; r < tile.rows; ++r)
+    dropout_groups(args.dropout, (tile.first + r) * groups + slice * (kSlice / 32), 1, kSlice / 32,
+                   mask + r * kSlice, 32);
+}
+
+template <Activation kActivation>
+void activate_slice(float* hidden, const float* mask, int64_t rows) {
+  if (mask == nullptr) {
+    for (int64_t i = 0; i < rows * kSlice; i += W) store(hidden + i, activate<kActivation>(load(hidden + i)).value);
+  } else {
+    for (int64_t i = 0; i < rows * kSlice; i += W)
+      store(hidden + i, activate<kActivation>(load(hidden + i)).value * load(mask + i));
+  }
+}
+
+constexpr int64_t kSumRows = 8;  // column sums are taken in blocks, so that rounding errors do not pile up
+
+// bias[0..columns) += the column sums of rows [rows, pitch].
+inline void add_columns(const float* in, int64_t pitch, int64_t rows, int64_t columns, float* sums) {
+  for (int64_t c = 0; c < columns; c += W) {
+    Vec sum = {};
+    for (int64_t r = 0; r < rows; r += kSumRows) {
+      Vec block = {};
+      for (int64_t i = r; i < rows && i < r + kSumRows; ++i) block += load(in + i * pitch + c);
+      sum += block;
+    }
+    store(sums + c, load(sums + c) + sum);
+  }
+}
+
+// hidden: A -> H; grad: dH -> dA.
+template <Activation kActivation>
+void differentiate_slice(float* hidden, float* grad, const float* mask, int64_t rows) {
+  for (int64_t i = 0; i < rows * kSlice; i += W) {
+    ValueAndSlope h = activate<kActivation>(load(hidden + i));
+    if (mask != nullptr) {
+      const Vec multiplier = load(mask + i);
+      h.value *= multiplier;
+      h.slope *= multiplier;
+    }
+    store(hidden + i, h.value);
+    store(grad + i, load(grad + i) * h.slope);
+  }
+}
+
+template <Activation kActivation>
+void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
+  const Buffer x_rows(kFfnTile * args.dp), y_rows(kFfnTile * args.dp), hidden(kFfnTile * kSlice);
+  const Buffer mask(kFfnTile * kSlice);
+  const bool dropping = args.dropout.threshold != 0;
+  for (int64_t index = first; index < last; ++index) {
+    const Tile tile = tile_at(args, index);
+    const float* x = tile_rows(args, args.x, tile, x_rows.get());
+    float* y = tile_out(args, tile, y_rows.get());
+    for (int64_t slice = 0; slice < args.slices; ++slice) {
+      gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, args.dp, args.w1t + slice * args.dim * kSlice, kSlice,
+                         StoreBiased{hidden.get(), kSlice, args.b1 + slice * kSlice});
+      if (dropping) slice_mask(args, tile, slice, mask.get());
+      activate_slice<kActivation>(hidden.get(), dropping ? mask.get() : nullptr, tile.rows);
+      const float* w2t = args.w2t + slice * kSlice * args.dp;
+      if (slice == 0)
+        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
+                           StoreBiased{y, args.dp, args.b2});
+      else
+        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp, Add{y, args.dp});
+    }
+    flush_tile(args, tile, y);
+  }
+}
+
+template <Activation kActivation>
+void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first, int64_t last) {
+  const Buffer x_rows(kFfnTile * args.dp), gy_rows(kFfnTile * args.dp), gx_rows(kFfnTile * args.dp);
+  const Buffer hidden(kFfnTile * kSlice), grad(kFfnTile * kSlice), mask(kFfnTile * kSlice);
+  const bool dropping = args.dropout.threshold != 0;
+  const int64_t dp = args.dp;
+  for (int64_t index = first; index < last; ++index) {
+    const Tile tile = tile_at(args, index);
+    const float* x = tile_rows(args, args.x, tile, x_rows.get());
+    const float* gy = tile_rows(args, args.grad_out, tile, gy_rows.get());
+    float* gx = tile_out(args, tile, gx_rows.get());
+    add_columns(gy, dp, tile.rows, dp, sums.b2);
+    for (int64_t slice = 0; slice < args.slices; ++slice) {
+      const int64_t unit = slice * kSlice;
+      gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, dp, args.w1t + unit * args.dim, kSlice,
+                         StoreBiased{hidden.get(), kSlice, args.b1 + unit});
+      gemm<Layout::rows>(tile.rows, kSlice, args.dim, gy, dp, args.w2 + unit * args.dim, kSlice,
+                         Store{grad.get(), kSlice});
+      if (dropping) slice_mask(args, tile, slice, mask.get());
+      differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping ? mask.get() : nullptr, tile.rows);
+      add_columns(grad.get(), kSlice, tile.rows, kSlice, sums.b1 + unit);
+      if (slice == 0)
+        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, Store{gx, dp});
+      else
+        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1 + unit * dp, dp, Add{gx, dp});
+      gemm<Layout::transposed>(kSlice, dp, tile.rows, grad.get(), kSlice, x, dp, Add{sums.w1 + unit * dp, dp});
+      gemm<Layout::transposed>(kSlice, dp, tile.rows, hidden.get(), kSlice, gy, dp, Add{sums.w2t + unit * dp, dp});
+    }
+    flush_tile(args, tile, gx);
+  }
+}
+
+inline void ffn_forward(const FfnArgs& args, int64_t first, int64_t last) {
+  switch (args.activation) {
+    case Activation::gelu: return forward_tiles<Activation::gelu>(args, first, last);
+    case Activation::gelu_tanh: return forward_tiles<Activation::gelu_tanh>(args, first, last);
+    case Activation::relu: return forward_tiles<Activation::relu>(args, first, last);
+  }
+}
+
+inline void ffn_backward(const FfnArgs& args, const FfnGradients& sums, int64_t first, int64_t last) {
+  switch (args.activation) {
+    case Activation::gelu: return backward_tiles<Activation::gelu>(args, sums, first, last);
+    case Activation::gelu_tanh: return backward_tiles<Activation::gelu_tanh>(args, sums, first, last);
+    case Activation::relu: return backward_tiles<Activation::relu>(args, sums, first, last);
+  }
+}
+
+}  // namespace CTR_ISA
+}  // namespace ctr

@@ -1,0 +1,105 @@
+// Small matrix products out of L1/L2: C[m, n] = sum_k A[m, k] B[k, n], the accumulators in registers.
+// B is row-major with n contiguous; A is read one scalar at a time, either row-major or transposed.
+#pragma once
+#include "simd.h"
+
+namespace ctr {
+namespace CTR_ISA {
+
+// Rows and vectors of a register tile. 32 registers: 24-28 accumulators; 16 registers: 12.
+constexpr int kTileVectors = CTR_WIDTH == 16 ? 4 : 2;
+constexpr int max_rows(int vectors) {
+  return CTR_WIDTH == 16 ? (vectors == 1 ? 14 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6) : (vectors == 1 ? 10 : 6);
+}
+
+enum class Layout { rows, transposed };  // of A: A[m * lda + k], or A[k * lda + m]
+
+// What is done with the sums: out = sum, out = sum * scale, out += sum, out = sum + bias[n].
+struct Store {
+  float* out;
+  int64_t pitch;
+  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum); }
+};
+struct StoreScaled {
+  float* out;
+  int64_t pitch;
+  float scale;
+  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum * scale); }
+};
+struct Add {
+  float* out;
+  int64_t pitch;
+  void operator()(int64_t m, int64_t n, Vec sum) const {
+    store(out + m * pitch + n, load(out + m * pitch + n) + sum);
+  }
+};
+struct StoreBiased {
+  float* out;
+  int64_t pitch;
+  const float* bias;
+  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum + load(bias + n)); }
+};
+
+template <int R, int NV, Layout kLayout, class Finish>
+inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t m, int64_t n,
+                 Finish finish) {
+  Vec acc[R][NV] = {};
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    Vec columns[NV];
+    for (int v = 0; v < NV; ++v) columns[v] = load(b + k * ldb + v * W);
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(kLayout == Layout::rows ? a[r * lda + k] : a[k * lda + r]);
+      for (int v = 0; v < NV; ++v) acc[r][v] += x * columns[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    step(k);
+    step(k + 1);
+    step(k + 2);
+    step(k + 3);
+  }
+  for (int64_t left = depth & 3; left > 0; --left, ++k) step(k);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) finish(m + r, n + v * W, acc[r][v]);
+}
+
+template <int R, int NV, Layout kLayout, class Finish>
+inline void tile_of(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t m,
+                    int64_t n, Finish finish) {
+  if (rows == R) return tile<R, NV, kLayout>(a, lda, b, ldb, depth, m, n, finish);
+  if constexpr (R > 1) tile_of<R - 1, NV, kLayout>(rows, a, lda, b, ldb, depth, m, n, finish);
+}
+
+// One panel of NV vectors: all rows, in chunks as equal as they can be.
+template <int NV, Layout kLayout, class Finish>
+__attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+                                     int64_t ldb, int64_t n, Finish finish) {
+  constexpr int kMax = max_rows(NV);
+  const int64_t chunks = (rows + kMax - 1) / kMax;
+  for (int64_t chunk = 0, m = 0; chunk < chunks; ++chunk) {
+    const int64_t now = (rows - m + chunks - chunk - 1) / (chunks - chunk);
+    tile_of<kMax, NV, kLayout>(now, kLayout == Layout::rows ? a + m * lda : a + m, lda, b + n, ldb, depth, m, n,
+                               finish);
+    m += now;
+  }
+}
+
+// finish(m, n, sums of columns n..n+W-1) for all m < rows and n < columns (a multiple of W).
+template <Layout kLayout, class Finish>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
+                 int64_t ldb, Finish finish) {
+  int64_t n = 0;
+  for (; n + kTileVectors * W <= columns; n += kTileVectors * W)
+    panel<kTileVectors, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
+  if constexpr (kTileVectors > 2) {
+    if (n + 2 * W <= columns) {
+      panel<2, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
+      n += 2 * W;
+    }
+  }
+  for (; n < columns; n += W) panel<1, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
+}
+
+}  // namespace CTR_ISA
+}  // namespace ctr

@@ -1,0 +1,85 @@
+// What the operators ask of the kernels, and the table of kernels that each instruction set fills.
+#pragma once
+#include <cstdint>
+
+namespace ctr {
+
+enum class Type { f32, bf16 };  // of inputs and outputs; arithmetic is always fp32
+
+// A [batch, field, D] tensor whose last dimension is contiguous; strides in elements.
+struct Strided {
+  void* data;
+  int64_t batch, field;
+};
+
+struct DropoutArgs {
+  uint64_t seed;
+  uint32_t threshold;  // round(p * 2^31); 0 = no dropout
+  float keep_scale;    // 1 / (1 - p)
+};
+
+struct AttentionArgs {
+  Type type;
+  int64_t fields, heads, head_dim;
+  float scale;
+  DropoutArgs dropout;
+  Strided q, k, v;
+  Strided out;                    // forward: [B, F, D]
+  Strided grad_out, dq, dk, dv;   // backward
+};
+
+enum class Activation { gelu, gelu_tanh, relu };
+
+constexpr int64_t kFfnTile = 96;   // tokens of a tile
+constexpr int64_t kFfnSlice = 64;  // hidden units of a slice
+
+// Weights are packed in fp32, the hidden in slices of 64 padded with zeros; dp = dim rounded up to 16.
+struct FfnArgs {
+  Type type;
+  Activation activation;
+  int64_t tokens, dim, dp, hidden, slices;
+  DropoutArgs dropout;
+  const void *x, *grad_out;  // [tokens, dim]
+  void* out;                 // [tokens, dim]: y, or the gradient of x
+  const float *w1t;          // [slices, dim, 64]
+  const float *b1;           // [slices * 64]
+  const float *w2t;          // [slices, 64, dp]
+  const float *b2;           // [dp]
+  const float *w1;           // [slices, 64, dp], backward only
+  const float *w2;           // [slices, dim, 64], backward only
+};
+
+// Sums over the tokens of one task, in fp32; zero at the start.
+struct FfnGradients {
+  float *w1, *w2t;  // [slices * 64, dp]
+  float *b1;        // [slices * 64]
+  float *b2;        // [dp]
+};
+
+struct RowUpdate {
+  float* weight;      // [num_rows, dim]
+  float* state;       // [num_rows], null for SGD
+  const float* rows;  // [n, dim]
+  int64_t dim;
+  float lr, eps;
+};
+
+struct KernelTable {
+  int width;  // floats of a vector; head_dim and row widths must be multiples of it
+  void (*attention_forward)(const AttentionArgs&, int64_t first_sample, int64_t last_sample);
+  void (*attention_backward)(const AttentionArgs&, int64_t first_sample, int64_t last_sample);
+  void (*ffn_forward)(const FfnArgs&, int64_t first_tile, int64_t last_tile);
+  void (*ffn_backward)(const FfnArgs&, const FfnGradients&, int64_t first_tile, int64_t last_tile);
+  // sorted[i] = id << 32 | position; whole runs of equal ids.
+  void (*update_rows)(const RowUpdate&, const uint64_t* sorted, int64_t n);
+};
+
+extern const KernelTable kBaselineKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels, kAvx512Kernels;
+#endif
+
+// The widest kernels of the active instruction set whose vectors divide `width`.
+const KernelTable& kernels_for(int64_t width);
+
+}  // namespace ctr

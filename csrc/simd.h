@@ -1,0 +1,114 @@
+// Vectors of CTR_WIDTH floats for one instruction set, as GCC/Clang vector extensions.
+// Included once by each isa_*.cpp, which sets CTR_ISA (a namespace) and CTR_WIDTH; everything here lives in that
+// namespace, so that code compiled for one instruction set is never linked into another.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace ctr {
+namespace CTR_ISA {
+
+constexpr int W = CTR_WIDTH;
+
+typedef float Vec __attribute__((vector_size(CTR_WIDTH * 4)));
+typedef int32_t IVec __attribute__((vector_size(CTR_WIDTH * 4)));
+typedef float UnalignedVec __attribute__((vector_size(CTR_WIDTH * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec splat(float x) { return x - Vec{}; }
+
+// The larger element; NaN where b is NaN.
+inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+inline IVec lane_index() {
+  IVec lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+#ifdef __clang__
+// __builtin_shuffle is GCC's; the loops below are what it stands for.
+inline Vec permute(Vec a, IVec index) {
+  Vec r;
+  for (int i = 0; i < W; ++i) r[i] = a[index[i]];
+  return r;
+}
+inline Vec permute(Vec a, Vec b, IVec index) {
+  Vec r;
+  for (int i = 0; i < W; ++i) r[i] = index[i] < W ? a[index[i]] : b[index[i] - W];
+  return r;
+}
+#else
+inline Vec permute(Vec a, IVec index) { return __builtin_shuffle(a, index); }
+inline Vec permute(Vec a, Vec b, IVec index) { return __builtin_shuffle(a, b, index); }
+#endif
+
+// Sum and maximum over the lanes, in every lane.
+inline Vec sum_lanes(Vec v) {
+  for (int bit = 1; bit < W; bit <<= 1) v += permute(v, lane_index() ^ bit);
+  return v;
+}
+inline Vec max_lanes(Vec v) {
+  for (int bit = 1; bit < W; bit <<= 1) {
+    const Vec other = permute(v, lane_index() ^ bit);
+    v = vmax(v, other);
+    v = other != other ? other : v;  // a NaN in any lane reaches all
+  }
+  return v;
+}
+
+// Casts between vector types of one size keep the bits.
+inline Vec bits_to_float(IVec v) { return (Vec)v; }
+inline IVec float_to_bits(Vec v) { return (IVec)v; }
+
+// 2^x for x <= 0, relative error below 1e-7; 0 below 2^-126; NaN for NaN.
+inline Vec exp2_nonpositive(Vec x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const Vec rounded = x + kMagic;
+  const Vec fraction = x - (rounded - kMagic);  // in [-1/2, 1/2]
+  // Minimax polynomial of 2^fraction with constant term 1, relative error 2e-9 (fitted by iterative reweighting).
+  Vec p = splat(1.5353362e-4f);
+  p = p * fraction + 1.3398875e-3f;
+  p = p * fraction + 9.618437e-3f;
+  p = p * fraction + 5.5503324e-2f;
+  p = p * fraction + 2.4022648e-1f;
+  p = p * fraction + 6.931472e-1f;
+  p = p * fraction + 1.0f;
+  const IVec exponent = (float_to_bits(rounded) - 0x4B400000 + 127) << 23;
+  const Vec result = p * bits_to_float(exponent);
+  return x < -126.0f ? Vec{} : result;
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// W rows of W floats, transposed in registers: log2(W) rounds, each exchanging blocks between two rows.
+inline void transpose(Vec (&rows)[W]) {
+  const IVec lanes = lane_index();
+  for (int bit = 1; bit < W; bit <<= 1) {
+    const IVec set = (lanes & bit) != 0;  // -1 where the lane's bit is set
+    const IVec first = set ? (lanes ^ bit) + W : lanes, second = set ? lanes + W : lanes ^ bit;
+    for (int i = 0; i < W; ++i) {
+      if (i & bit) continue;
+      const Vec a = rows[i], b = rows[i | bit];
+      rows[i] = permute(a, b, first);
+      rows[i | bit] = permute(a, b, second);
+    }
+  }
+}
+
+// out[c * pitch + r] = in[r * stride + c] for r < rows, c < columns; the rest of each out row up to a multiple
+// of W is zero. columns is a multiple of W.
+inline void transpose_block(const float* in, int64_t stride, int64_t rows, int64_t columns, float* out,
+                            int64_t pitch) {
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t c = 0; c < columns; c += W) {
+      Vec block[W];
+      for (int i = 0; i < W; ++i) block[i] = r + i < rows ? load(in + (r + i) * stride + c) : Vec{};
+      transpose(block);
+      for (int i = 0; i < W; ++i) store(out + (c + i) * pitch + r, block[i]);
+    }
+}
+
+}  // namespace CTR_ISA
+}  // namespace ctr

@@ -1,0 +1,67 @@
+// Checks and views of tensor arguments that the CPU operators share, and their outputs.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ctr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(const Tensor& t, const char* name) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  ": the native kernels take float32 or bfloat16; kernels='eager' takes any floating dtype");
+  return type == ScalarType::Float ? Type::f32 : Type::bf16;
+}
+
+inline void check_type(const Tensor& t, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has another dtype than the first tensor");
+}
+
+inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, " has ", t.dim(), " dimensions, not ",
+                  shape.size());
+  int64_t d = 0;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(t.size(d) == size, name, " has size ", t.size(d), " in dimension ", d, ", not ", size);
+    ++d;
+  }
+}
+
+inline DropoutArgs dropout_args(double p, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p=", p, " is outside [0, 1)");
+  if (p == 0.0) return {0, 0, 1.0f};
+  STD_TORCH_CHECK(seed.has_value() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                  "dropout needs a seed: one int64 element");
+  const auto key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  return {key, static_cast<uint32_t>(std::nearbyint(p * 2147483648.0)), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// An uninitialised CPU tensor. Large ones get huge pages where the system offers them: a freshly mapped output is
+// faulted in page by page, and with 4 KB pages that costs more than the kernels that fill it.
+inline Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
+  Tensor out = torch::stable::empty(shape, type);
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+}  // namespace ctr
