@@ -27,7 +27,8 @@ class Toy(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, dense, sparse):
-        return self.dropout(self.linear(dense)).squeeze(1) + (sparse % 5).sum(dim=1) / 26
+        hidden = self.dropout(self.linear(dense)).squeeze(1)
+        return hidden + ((sparse % 5).sum(dim=1) / 26).to(hidden.dtype)
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def test_bf16_logits_of_a_model_are_not_rounded_to_bf16(prepared):
     assert (torch.from_numpy(logits).bfloat16().float().numpy() != logits).any()
 
 
-def test_evaluate_takes_every_row_of_a_part_with_its_own_label(tmp_path, write_split, toy):
+def test_evaluate_takes_every_row_of_a_part_with_its_own_label(tmp_path, write_split, toy, monkeypatch):
+    monkeypatch.setattr("ctr_train.evaluate.LABEL_ROWS", 50)
     arrays = write_split(tmp_path / "s.arrow", 250, batch_rows=60)
     split = Split(tmp_path / "s.arrow")
     logits = predict(toy, split, **OPTIONS)
