@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,19 @@ def test_predictions_that_cannot_be_written(evaluate, trained, gold_lines, tmp_p
     for out in (tmp_path / "raw.tsv" / "p.parquet", Path("/proc/p.parquet"), tmp_path / "directory.parquet"):
         assert str(out) in one_sentence(*evaluate(trained, "--input", tmp_path / "raw.tsv", "--predictions", out))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["directory.parquet", "raw.tsv"]
+
+
+def test_a_full_disk_leaves_the_earlier_predictions(trained, gold_lines, tmp_path):
+    (tmp_path / "raw.tsv").write_bytes(b"".join(gold_lines))
+    (tmp_path / "p.parquet").write_text("earlier")
+    done = subprocess.run(
+        [sys.executable, "-m", "ctr_train.cli_eval", str(trained), "--input", "raw.tsv", "--predictions", "p.parquet",
+         "--device", "cpu"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)))  # bytes of any file it writes
+    assert "p.parquet" in one_sentence(done.returncode, done.stdout, done.stderr)
+    assert (tmp_path / "p.parquet").read_text() == "earlier"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_kernels_and_devices_that_are_not_there(monkeypatch, capsys, trained, prepared):
