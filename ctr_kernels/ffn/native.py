@@ -19,7 +19,7 @@ def ffn_native(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """[..., D], fp32 or bf16 -> [..., D]; the inputs are all that backward keeps."""
-    tokens = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    tokens = x.reshape(-1, x.shape[-1])
     index = list(ACTIVATIONS).index(activation)
     return torch.ops.ctr.ffn(tokens.contiguous(), w1, b1, w2, b2, index, dropout_p, seed).view(x.shape)
 

@@ -20,7 +20,7 @@ class _Lookup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (ids,) = ctx.saved_tensors
-        rows = grad.reshape(-1, ctx.table[1]) if grad.numel() else grad.new_empty(0, ctx.table[1])
+        rows = grad.reshape(-1, ctx.table[1])
         return torch.sparse_coo_tensor(ids.reshape(1, -1).long(), rows, ctx.table, check_invariants=False), None
 
 

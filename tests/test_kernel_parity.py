@@ -1,0 +1,274 @@
+"""The contract of every fused kernel: as exact as PyTorch in the same dtype, measured against the formula in fp64.
+
+A kernel passes if its error is at most twice that of the eager reference in the same dtype, plus four units in the
+last place of the largest element, or of 1. Memory that kernels allocate is filled with NaN first, so that an element
+that is not written is seen.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD, ffn, field_attention
+from ctr_kernels.attention.reference import field_attention_reference
+from ctr_kernels.ffn.reference import ffn_reference
+from ctr_kernels.philox import dropout_mask_torch
+from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sgd_reference
+
+DTYPES = (torch.float32, torch.bfloat16)
+SEED = 0x1234_5678_9ABC_DEF0
+Tensors = list[torch.Tensor]
+
+properties = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def assert_parity(found: Tensors, eager: Tensors, exact: Tensors) -> None:
+    """The parity rule, for every output and gradient."""
+    for i, (f, e, x) in enumerate(zip(found, eager, exact, strict=True)):
+        assert f.shape == x.shape and f.dtype == e.dtype, f"tensor {i}: {f.dtype} {tuple(f.shape)}"
+        if not x.numel():
+            continue
+        assert torch.isfinite(f).all(), f"tensor {i}: not finite, or not written"
+        error, eager_error = ((t.double() - x).abs().max().item() for t in (f, e))
+        floor = 4 * torch.finfo(torch.float32).eps * max(1.0, x.abs().max().item())
+        assert error <= 2 * eager_error + floor, f"tensor {i}: error {error:.3g}, eager {eager_error:.3g}"
+
+
+def with_gradients(function: Callable[..., torch.Tensor], inputs: Tensors, grad_out: torch.Tensor) -> Tensors:
+    """Output and gradients of all inputs, the memory of kernels filled with NaN."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torch.Tensor) -> None:
+    """Kernel, eager reference and fp64 reference on the same inputs."""
+    assert_parity(
+        with_gradients(kernel, inputs, grad_out),
+        with_gradients(reference, inputs, grad_out),
+        with_gradients(reference, [x.double() for x in inputs], grad_out.double()),
+    )
+
+
+def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
+                    dropout_p: float = 0.0, scale: float | None = None) -> None:
+    factor = scale if scale is not None else (q.shape[-1] // heads) ** -0.5
+    check(
+        lambda q, k, v: field_attention(q, k, v, num_heads=heads, scale=scale, dropout_p=dropout_p, seed=SEED,
+                                        kernels=kernels),
+        lambda q, k, v: field_attention_reference(q, k, v, heads, factor, dropout_p, torch.tensor([SEED])),
+        [q, k, v],
+        torch.randn(q.shape, dtype=q.dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_attention(fused: str, head_dim: int, dropout_p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for batch, fields, heads in [(0, 27, 4), (1, 1, 1), (3, 27, 4), (1, 28, 2), (2, 16, 1), (3, 33, 1), (1, 64, 2)]:
+        q, k, v = torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1)
+        check_attention(fused, q, k, v, heads, dropout_p)
+
+
+def test_attention_at_full_size(fused: str) -> None:
+    torch.manual_seed(1)
+    check_attention(fused, *torch.randn(4096, 27, 192).chunk(3, dim=-1), 4, 0.1)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, -0.5])
+def test_attention_of_large_logits(fused: str, scale: float | None) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(3, 27, 64) for _ in range(3))
+    check_attention(fused, q * 50, k * 50, v, 4, scale=scale)  # logits up to 1e4 and beyond, both signs
+    same = torch.full((1, 27, 64), 25.0)
+    check_attention(fused, same, same, v[:1], 4, scale=1.0)  # 10,000 everywhere
+    check_attention(fused, same, -same, v[:1], 4, scale=1.0)
+
+
+def test_attention_of_any_strides(fused: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(5, 27, 64)
+    column = x[:, :1].expand(5, 27, 64)  # all keys equal
+    turned = torch.randn(5, 64, 27).transpose(1, 2)  # the last dimension is not contiguous
+    batch_of_one = x[:1].expand(5, 27, 64)
+    for q, k, v in [(x, column, x), (turned, x, turned), (batch_of_one, x, column), (x[::2], x[:3], x[-3:])]:
+        check_attention(fused, q, k, v, 4)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(field_attention(q, q, q, num_heads=4, kernels=kernels).sum(), q)[0]  # expanded gradient
+          for q in [x.clone().requires_grad_()] for kernels in (fused, "eager")), rtol=1e-4, atol=1e-5)
+
+
+@properties
+@given(st.integers(0, 3), st.integers(1, 64), st.integers(1, 3), st.sampled_from([8, 16, 32, 64]),
+       st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_attention_of_any_shape(fused: str, batch: int, fields: int, heads: int, head_dim: int, dropout_p: float,
+                                dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_attention(fused, *torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1), heads,
+                    dropout_p)
+
+
+@pytest.mark.parametrize("fields", [1, 27, 40, 64])
+def test_attention_drops_the_elements_of_the_specification(fused: str, fields: int) -> None:
+    rows = 3 * 2 * fields
+    v = torch.eye(fields, 64).expand(3, fields, 64).repeat(1, 1, 2)  # each head then returns its probabilities
+    out = field_attention(torch.zeros_like(v), torch.zeros_like(v), v, num_heads=2, dropout_p=0.3, seed=SEED,
+                          kernels=fused)
+    kept = out.view(3, fields, 2, 64)[..., :fields].transpose(1, 2).reshape(rows, fields) != 0
+    assert torch.equal(kept, dropout_mask_torch(rows, fields, 0.3, torch.tensor([SEED])))
+
+
+def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
+    shapes = [(tokens, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+    return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0)).to(dtype)
+            for i, shape in enumerate(shapes)]
+
+
+def check_ffn(kernels: str, inputs: Tensors, activation: str, dropout_p: float = 0.0) -> None:
+    check(
+        lambda *t: ffn(*t, activation=activation, dropout_p=dropout_p, seed=SEED, kernels=kernels),
+        lambda *t: ffn_reference(*t, activation, dropout_p, torch.tensor([SEED])),
+        inputs,
+        torch.randn(inputs[0].shape, dtype=inputs[0].dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_ffn(fused: str, activation: str, dropout_p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    for tokens, dim, hidden in [(0, 64, 256), (1, 64, 128), (96, 64, 256), (200, 20, 8), (81, 8, 72), (300, 64, 256)]:
+        check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
+
+
+def test_ffn_at_full_size(fused: str) -> None:
+    torch.manual_seed(5)
+    x, *weights = ffn_inputs(4096 * 27, 64, 256, torch.float32)
+    check_ffn(fused, [x.view(4096, 27, 64), *weights], "gelu", 0.1)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_ffn_of_large_and_strided_inputs(fused: str, activation: str) -> None:
+    torch.manual_seed(6)
+    x, *weights = ffn_inputs(48, 64, 128, torch.float32)
+    check_ffn(fused, [x * 1e4, *weights], activation)
+    check_ffn(fused, [x.view(2, 24, 64)[:, :1].expand(2, 5, 64), *weights], activation)
+    turned = [weights[0].t().contiguous().t(), weights[1], weights[2].t().contiguous().t(), weights[3]]
+    check_ffn(fused, [x.t().contiguous().t(), *turned], activation)
+
+
+@properties
+@given(st.integers(0, 200), st.integers(1, 70), st.integers(1, 20), st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+       st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_ffn_of_any_shape(fused: str, tokens: int, dim: int, eighths: int, activation: str, dropout_p: float,
+                          dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_ffn(fused, ffn_inputs(tokens, dim, 8 * eighths, dtype), activation, dropout_p)
+
+
+@pytest.mark.parametrize("hidden", [8, 64, 72, 256])
+def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) -> None:
+    ones = torch.ones(hidden)
+    out = ffn(torch.zeros(100, hidden), torch.zeros(hidden, hidden), ones, torch.eye(hidden), 0 * ones,
+              activation="relu", dropout_p=0.3, seed=SEED, kernels=fused)  # the hidden itself, all ones
+    assert torch.equal(out != 0, dropout_mask_torch(100, hidden, 0.3, torch.tensor([SEED])))
+
+
+def id_batches(num_rows: int) -> list[torch.Tensor]:
+    """Ids [B, 26] of every kind: none, one, uniform, skewed, a column of equal ids, all ids equal."""
+    uniform = torch.randint(num_rows, (300, 26))
+    skewed = (torch.rand(2000, 26) ** 9 * num_rows).long()
+    column = uniform.clone()
+    column[:, 3] = num_rows - 1
+    return [uniform[:0], uniform[:1, :1], uniform, skewed, column, torch.full((4096, 26), num_rows // 2)]
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (1000, 64), (3000, 13), (70, 1100)])
+@pytest.mark.parametrize("name", ["sgd", "adagrad"])
+def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int, id_dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    for ids in id_batches(num_rows):
+        if ids.numel() * dim > 1e7:
+            ids = ids[:100]
+        table = EmbeddingTable(num_rows, dim, std=1.0, kernels=fused)
+        optimizer = (SparseSGD(table.parameters(), lr=0.1, kernels=fused) if name == "sgd"
+                     else SparseRowwiseAdagrad(table.parameters(), lr=0.1, kernels=fused))
+        before, rows = table.weight.detach().clone(), torch.randn(*ids.shape, dim)
+        for _ in range(2):  # the second step meets a state
+            found = table(ids.to(id_dtype))
+            found.backward(rows)
+            assert table.weight.grad._values().shape[0] == ids.numel()  # no coalesced copy
+            optimizer.step()
+            optimizer.zero_grad()
+        results = []
+        for dtype in (torch.float32, torch.float64):
+            weight, state = before.to(dtype), torch.zeros(num_rows, dtype=dtype)
+            for _ in range(2):
+                lookup = weight[ids]
+                if name == "sgd":
+                    sgd_reference(weight, ids.flatten(), rows.view(-1, dim).to(dtype), 0.1)
+                else:
+                    rowwise_adagrad_reference(weight, state, ids.flatten(), rows.view(-1, dim).to(dtype), 0.1, 1e-8)
+            results.append([lookup, weight, state])
+        eager, exact = results
+        state = optimizer.state[table.weight].get("sum", torch.zeros(num_rows))
+        assert_parity([found.detach(), table.weight.detach(), state], eager, exact)
+        untouched = torch.ones(num_rows, dtype=torch.bool)
+        untouched[ids.flatten()] = False
+        assert torch.equal(table.weight[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1, -(2**31)])
+def test_an_id_outside_the_table_is_named(fused: str, bad: int) -> None:
+    table = EmbeddingTable(50, 8, kernels=fused)
+    for dtype, shape in itertools.product((torch.int32, torch.int64), [(4, 26), (104,)]):
+        ids = torch.zeros(104, dtype=dtype)
+        ids[57] = bad
+        position = r"\[2, 5\]" if len(shape) == 2 else r"\[57\]"
+        with pytest.raises(IndexError, match=rf"id {bad} at position {position} is outside the table of 50 rows"):
+            table(ids.view(shape))
+
+
+def test_an_update_outside_the_table_is_refused(fused: str) -> None:
+    table = EmbeddingTable(50, 8, kernels=fused)
+    table.weight.grad = torch.sparse_coo_tensor([[3, 50]], torch.ones(2, 8), (50, 8), check_invariants=False)
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="id 50 at position 1 is outside the table of 50 rows"):
+        SparseSGD(table.parameters(), lr=1.0, kernels=fused).step()
+    assert torch.equal(table.weight, before)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(fused: str) -> None:
+    torch.manual_seed(8)
+    q, grad = torch.randn(64, 27, 64), torch.randn(64, 27, 64)
+    weights = ffn_inputs(1, 64, 256, torch.float32)[1:]
+    ids, rows = (torch.rand(20000) ** 4 * 999).long(), torch.randn(20000, 64)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            table = EmbeddingTable(1000, 64, kernels=fused)
+            table.weight.data.fill_(1.0)
+            table.weight.grad = torch.sparse_coo_tensor(ids[None], rows, (1000, 64))
+            SparseRowwiseAdagrad(table.parameters(), lr=0.1, kernels=fused).step()
+            results.append([
+                *with_gradients(lambda q: field_attention(q, q, q, num_heads=4, kernels=fused), [q], grad),
+                *with_gradients(lambda *t: ffn(*t, dropout_p=0.1, seed=1, kernels=fused), [q, *weights], grad),
+                table.weight.detach(),
+            ])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
