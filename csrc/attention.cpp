@@ -35,6 +35,11 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   return args;
 }
 
+int64_t packed_dim(const Tensor& qkv) {
+  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be [B, F, 3 D]");
+  return qkv.size(2) / 3;
+}
+
 }  // namespace
 
 Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
@@ -70,6 +75,22 @@ Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, i
     kernels.attention_backward(args, first, last);
   });
   return grads;
+}
+
+// The same on one projection [B, F, 3 D] that holds q | k | v; its gradient comes out in one piece.
+Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
+                              std::optional<Tensor> seed) {
+  const int64_t dim = packed_dim(qkv);
+  return field_attention(torch::stable::narrow(qkv, 2, 0, dim), torch::stable::narrow(qkv, 2, dim, dim),
+                         torch::stable::narrow(qkv, 2, 2 * dim, dim), num_heads, scale, dropout_p, seed);
+}
+
+Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale,
+                                       double dropout_p, std::optional<Tensor> seed) {
+  const int64_t dim = packed_dim(qkv);
+  return field_attention_backward(grad_out, torch::stable::narrow(qkv, 2, 0, dim),
+                                  torch::stable::narrow(qkv, 2, dim, dim),
+                                  torch::stable::narrow(qkv, 2, 2 * dim, dim), num_heads, scale, dropout_p, seed);
 }
 
 }  // namespace ctr

@@ -16,6 +16,10 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
                        std::optional<Tensor> seed);
 Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale,
                                 double dropout_p, std::optional<Tensor> seed);
+Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
+                              std::optional<Tensor> seed);
+Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale,
+                                       double dropout_p, std::optional<Tensor> seed);
 Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activation, double dropout_p,
            std::optional<Tensor> seed);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
@@ -35,6 +39,8 @@ STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&ctr::dropout_mask));
   m.impl("field_attention", TORCH_BOX(&ctr::field_attention));
   m.impl("field_attention_backward", TORCH_BOX(&ctr::field_attention_backward));
+  m.impl("field_attention_packed", TORCH_BOX(&ctr::field_attention_packed));
+  m.impl("field_attention_packed_backward", TORCH_BOX(&ctr::field_attention_packed_backward));
   m.impl("ffn", TORCH_BOX(&ctr::ffn));
   m.impl("ffn_backward", TORCH_BOX(&ctr::ffn_backward));
   m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));

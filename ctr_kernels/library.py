@@ -12,6 +12,10 @@ LIBRARY.define("field_attention(Tensor q, Tensor k, Tensor v, int num_heads, flo
                "Tensor? seed) -> Tensor")
 LIBRARY.define("field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
                "float dropout_p, Tensor? seed) -> Tensor")
+LIBRARY.define("field_attention_packed(Tensor qkv, int num_heads, float scale, float dropout_p, Tensor? seed) "
+               "-> Tensor")
+LIBRARY.define("field_attention_packed_backward(Tensor grad_out, Tensor qkv, int num_heads, float scale, "
+               "float dropout_p, Tensor? seed) -> Tensor")
 LIBRARY.define("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, "
                "Tensor? seed) -> Tensor")
 LIBRARY.define("ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, "

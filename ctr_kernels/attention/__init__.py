@@ -5,7 +5,7 @@ import torch
 from ..backend import resolve
 from ..checks import HEAD_DIMS, MAX_FIELDS, autocast, same_float
 from ..philox import as_seed, check_dropout
-from .native import field_attention_native
+from .native import field_attention_native, field_attention_packed_native
 from .reference import field_attention_reference
 
 
@@ -42,12 +42,40 @@ def field_attention(
     q, k, v = autocast(q, k, v)
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
-    if scale is None:
-        scale = (q.shape[-1] // num_heads) ** -0.5
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, q.device, "field_attention", q.dtype)
     run = field_attention_native if backend == "native" else field_attention_reference
-    return run(q, k, v, num_heads, scale, dropout_p, mask_seed)
+    return run(q, k, v, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
+
+
+def field_attention_packed(
+    qkv: torch.Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    kernels: str = "auto",
+) -> torch.Tensor:
+    """`field_attention` of the three thirds of one projection: [B, F, 3 D], q | k | v, -> [B, F, D].
+
+    The result is the same; the gradient of the projection then needs no concatenation.
+    """
+    if qkv.dim() != 3 or qkv.shape[-1] % 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; [B, F, 3 D] is needed")
+    (qkv,) = autocast(qkv)
+    q, k, v = qkv.chunk(3, dim=-1)
+    if resolve(kernels, qkv.device, "field_attention", qkv.dtype) != "native":
+        return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
+                               kernels=kernels)
+    _check(q, k, v, num_heads)
+    check_dropout(dropout_p)
+    mask_seed = as_seed(seed, qkv.device) if dropout_p > 0.0 else None
+    return field_attention_packed_native(qkv, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
+
+
+def _scale(scale: float | None, q: torch.Tensor, num_heads: int) -> float:
+    return (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..attention import field_attention
+from ..attention import field_attention_packed
 from ..backend import CHOICES
 from ..ffn import ffn
 from ..ffn.reference import ACTIVATIONS
@@ -65,10 +65,9 @@ class TransformerLayer(nn.Module):
         return self.ffn_norm(x + self._ffn(x))
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # strided views, never copied
         dropout_p = self.dropout if self.training else 0.0
-        return self.out(field_attention(q, k, v, num_heads=self.num_heads, dropout_p=dropout_p,
-                                        kernels=self.kernels))
+        return self.out(field_attention_packed(self.qkv(x), num_heads=self.num_heads, dropout_p=dropout_p,
+                                               kernels=self.kernels))
 
     def _ffn(self, x: torch.Tensor) -> torch.Tensor:
         dropout_p = self.dropout if self.training else 0.0
