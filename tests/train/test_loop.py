@@ -1,0 +1,242 @@
+"""The training loop learns, goes on bit for bit after an interruption, and never saves weights that are NaN."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctr_train import loop
+from ctr_train.checkpoint import build_model, load_checkpoint
+from ctr_train.data.artifacts import Artifacts
+from ctr_train.data.dataset import open_split
+from ctr_train.data.loader import Loader
+from ctr_train.errors import UserError
+from ctr_train.interrupt import Interrupt
+from ctr_train.loop import Trainer
+from ctr_train.recipes import resolve_recipe
+from ctr_train.runlog import read_log
+
+STEPS = 60
+
+
+class StopAfter(Interrupt):
+    """Ctrl-C pressed during a given step of the trainer."""
+
+    def __init__(self, step: int) -> None:
+        self.trainer, self.step = None, step
+
+    @property
+    def requested(self) -> bool:
+        return self.trainer.step >= self.step
+
+
+NEVER = 10**9
+
+
+@pytest.fixture
+def make_trainer(prepared, tmp_path):
+    """(directory name, **settings) -> a trainer as `run.py` makes it, and its StopAfter."""
+    loaders = []
+
+    def make(name: str, *, stop_after: int = NEVER, model: str = "ft", steps: int = STEPS, **settings) -> tuple:
+        hyperparameters = {"batch_size": 32, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
+        config = {
+            "model": model, **resolve_recipe("default", model, {**hyperparameters, **settings}), "kernels": "auto",
+            "hash_bins": 1000, "total_steps": steps, "steps_in_epoch": steps,
+        }
+        torch.manual_seed(0)
+        artifacts = Artifacts.load(prepared)
+        loader = Loader(open_split(prepared, "train"), batch_size=config["batch_size"], shuffle=True, seed=0,
+                        drop_last=True)
+        loaders.append(loader)
+        (tmp_path / name).mkdir(exist_ok=True)
+        trainer = Trainer(tmp_path / name, config=config, artifacts=artifacts, loader=loader,
+                          model=build_model(config, artifacts.num_dense, "auto"), valid=open_split(prepared, "gold"))
+        stop = StopAfter(stop_after)
+        stop.trainer = trainer
+        return trainer, stop
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
+    return load_checkpoint(directory / name)["model"]
+
+
+@pytest.mark.parametrize(("model", "optimizer"),
+                         [("ft", "rowwise-adagrad"), ("autoint", "sgd"), ("dcnv2", "rowwise-adagrad")])
+def test_thirty_steps_and_thirty_more_are_sixty_bit_for_bit(make_trainer, tmp_path, model, optimizer):
+    settings = {"model": model, "embedding_optimizer": optimizer, "eval_every": 20, "tables": "per-field"}
+    trainer, stop = make_trainer("whole", **settings)
+    assert trainer.train(stop) == "finished"
+    trainer, stop = make_trainer("halves", stop_after=30, **settings)
+    assert trainer.train(stop) == "interrupted"
+    assert trainer.step == load_checkpoint(tmp_path / "halves" / "last.pt")["step"] == 30
+    torch.manual_seed(12345)  # what a new process would draw must not matter
+    trainer, stop = make_trainer("halves", **settings)
+    trainer.restore(load_checkpoint(tmp_path / "halves" / "last.pt"))
+    assert trainer.train(stop) == "finished"
+
+    whole, halves = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "halves"))
+    assert whole["model"].keys() == halves["model"].keys()
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, halves["model"][name]), name
+    assert whole["best"] == halves["best"] and whole["loader"] == halves["loader"]
+    torch.testing.assert_close(whole["optimizers"], halves["optimizers"], rtol=0, atol=0)
+    assert whole["schedulers"] == halves["schedulers"]
+    by_step = [{(e["step"], "event" in e): e for e in read_log(tmp_path / name)} for name in ("whole", "halves")]
+    assert by_step[0].keys() == by_step[1].keys()
+    for key, entry in by_step[0].items():
+        assert [entry.get(name) == by_step[1][key].get(name) for name in ("loss", "logloss", "lr")] == [True] * 3
+
+
+def test_dropout_and_seed_reach_the_weights(make_trainer, tmp_path):
+    """Guards the test above: without these differences it could not fail."""
+    for name, settings in (("a", {}), ("b", {"dropout": 0.0})):
+        trainer, stop = make_trainer(name, model="dcnv2", steps=3, **settings)
+        trainer.train(stop)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_loss_falls_and_the_log_says_so(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", steps=300, eval_every=100, embedding_lr=0.05, batch_size=64)
+    trainer.train(stop)
+    log = read_log(tmp_path / "run")
+    training = [entry for entry in log if "event" not in entry]
+    evaluations = [entry for entry in log if entry.get("event") == "eval"]
+    assert [entry["step"] for entry in training] == list(range(1, 301))
+    assert [entry["step"] for entry in evaluations] == [100, 200, 300]
+    losses = [entry["loss"] for entry in training]
+    assert sum(losses[-50:]) < 0.95 * sum(losses[:50])
+    assert training[-1]["epoch"] == 1.0
+    assert all(entry["rows_per_s"] > 0 for entry in training)
+    assert training[0]["lr"] == pytest.approx(1e-3 / 5) and training[4]["lr"] == pytest.approx(1e-3)
+    assert {"logloss", "auc", "calibration"} <= evaluations[0].keys()
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_logloss(make_trainer, tmp_path, monkeypatch):
+    logloss = iter([0.5, 0.4, 0.6, 0.45])
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: {"logloss": next(logloss), "auc": None})
+    trainer, stop = make_trainer("run", model="dcnv2", steps=40, eval_every=10)
+    assert trainer.train(stop) == "finished"
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["step"] == 20 and best["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 0}
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["step"] == 40 and last["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 2}
+
+
+def test_patience_ends_training(make_trainer, tmp_path, monkeypatch):
+    logloss = iter([0.5, 0.4, 0.6, 0.4, 0.1])
+    monkeypatch.setattr(loop, "evaluate", lambda *args, **options: {"logloss": next(logloss), "auc": None})
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=5, patience=2)
+    assert trainer.train(stop) == "patience"
+    assert trainer.step == 20
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=5, patience=2)
+    trainer.restore(load_checkpoint(tmp_path / "run" / "last.pt"))
+    assert trainer.train(stop) == "patience"  # its end is remembered
+    assert trainer.step == 20
+
+
+def test_the_last_step_is_evaluated(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", steps=7, eval_every=5)
+    trainer.train(stop)
+    assert [entry["step"] for entry in read_log(tmp_path / "run") if "event" in entry] == [5, 7]
+
+
+def poison(trainer: Trainer, step: int, value: float) -> None:
+    """Put `value` into the head's bias when `step` begins."""
+    take = trainer._train_step
+
+    def train_step(batch):
+        if trainer.step + 1 == step:
+            with torch.no_grad():
+                trainer.model.head.bias.fill_(value)
+        take(batch)
+
+    trainer._train_step = train_step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_checkpoint(make_trainer, tmp_path, value):
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=10)
+    poison(trainer, 17, value)
+    with pytest.raises(UserError, match=r"the loss of step 17 is (nan|inf); the last good checkpoint is "
+                                        r".*last\.pt \(step 10\); try a lower --lr"):
+        trainer.train(stop)
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert content["step"] == 10
+    assert all(tensor.isfinite().all() for tensor in content["model"].values())
+
+
+def test_on_devices_whose_losses_are_read_later_the_step_is_the_same(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=30)
+    trainer._check_every = trainer._log_every = 8
+    poison(trainer, 35, float("nan"))
+    with pytest.raises(UserError, match=r"the loss of step 35 is nan; .* \(step 30\)"):
+        trainer.train(stop)
+    trainer, stop = make_trainer("early", model="dcnv2")
+    trainer._check_every = trainer._log_every = 1000
+    poison(trainer, 9, float("nan"))
+    stop.trainer, stop.step = trainer, 12  # Ctrl-C before anyone has looked
+    with pytest.raises(UserError, match="the loss of step 9 is nan; there is no earlier checkpoint"):
+        trainer.train(stop)
+    assert not (tmp_path / "early" / "last.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_never_saved(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=10)
+
+    def spoil_at_ten(*hook_arguments) -> None:  # after the loss of the step was finite
+        if trainer.step == 9:
+            trainer.model.embedding_parameters()[0].data[3, 2] = float("nan")
+
+    trainer.optimizers[0].register_step_post_hook(spoil_at_ten)
+    with pytest.raises(UserError, match=r"after step 10 the weights embedding\.table\.weight are NaN or infinite"):
+        trainer.train(stop)
+    assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(make_trainer, tmp_path, monkeypatch):
+    trainer, stop = make_trainer("run", model="dcnv2", eval_every=10)
+    save = torch.save
+
+    def full_from_step_20(content, handle):
+        if content["step"] >= 20:
+            handle.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, handle)
+
+    monkeypatch.setattr(torch, "save", full_from_step_20)
+    with pytest.raises(UserError, match=r"cannot write .*\.pt: No space left on device"):
+        trainer.train(stop)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+
+
+def test_resuming_cuts_off_what_the_log_has_beyond_the_checkpoint(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", stop_after=10)
+    trainer.train(stop)
+    path = tmp_path / "run" / "metrics.jsonl"
+    with open(path, "a") as handle:
+        handle.write(json.dumps({"step": 11, "loss": 99.0, "epoch": 0.2, "rows_per_s": 1.0, "lr": 0.1}) + "\n")
+        handle.write('{"step": 12, "lo')  # a crash in the middle of a line
+    trainer, stop = make_trainer("run", model="dcnv2")
+    trainer.restore(load_checkpoint(tmp_path / "run" / "last.pt"))
+    trainer.train(stop)
+    steps = [entry["step"] for entry in read_log(tmp_path / "run")]
+    assert steps == list(range(1, STEPS + 1))
+    assert all(entry["loss"] < 5 for entry in read_log(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_other_precisions_train(make_trainer, precision):
+    trainer, stop = make_trainer("run", steps=5, precision=precision)
+    assert trainer.train(stop) == "finished"
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
+
+
