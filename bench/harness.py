@@ -1,0 +1,222 @@
+"""Measure rivals against each other and against the machine's floors: the timing that all bench scripts share."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from records import Row, Settings, bench_options, print_table, with_machine, write_csv, write_json
+
+__all__ = [  # a script imports everything from here
+    "Floors", "Row", "Settings", "Timing", "bench_options", "copy_bandwidth", "measure_floors", "measure_pairs",
+    "mm_rate", "peak_memory", "print_table", "saved_bytes", "time_row", "with_machine", "write_csv", "write_json",
+]
+
+MIN_ROUNDS = 5  # fewer give no percentiles worth the name, whatever the time budget
+MM_SIZE = 2048
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far beyond any cache
+FLUSH_BYTES = 1 << 28  # written before each call on a GPU, beyond its L2 (50 MB on Hopper)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one provider: percentiles over the rounds.
+
+    Attributes:
+        ratio: median over the rounds of (this provider's time / the first provider's time in the same round), so that
+            drift of the machine cancels; above 1 means that the first one is faster. None if either did not run.
+        rounds: rounds measured; 0 with an error.
+        error: why it could not run; empty if it did.
+    """
+
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    ratio: float | None = None
+    rounds: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What the machine can do, measured in the same process: gflops (GFLOP/s of a matmul), gbps (GB/s of a copy)."""
+
+    gflops: float
+    gbps: float
+
+    def milliseconds(self, flops: float, num_bytes: float) -> float:
+        """The time below which work of that many FLOP and bytes cannot come: the slower of the two."""
+        return max(flops / self.gflops, num_bytes / self.gbps) / 1e6
+
+
+def measure_pairs(
+    functions: dict[str, Callable[[], Any]],
+    *,
+    rounds: int = 50,
+    warmup: int = 3,
+    device: torch.device | str = "cpu",
+    seconds: float = 20.0,
+) -> dict[str, Timing]:
+    """Time each function once a round, the first provider being "ours".
+
+    Rounds alternate between the order given and its reverse, so that no provider always follows the same rival.
+    On CUDA each call begins with a cold L2 cache and is timed by events; on a CPU by the wall clock.
+
+    Args:
+        functions: provider -> a call without arguments.
+        rounds: at most so many; after `seconds` no round begins, but MIN_ROUNDS (or `rounds`) are always done.
+        warmup: untimed calls of each provider first. One that raises here is left out, its Timing says why.
+    """
+    device = torch.device(device)
+    timings = {name: Timing() for name in functions}
+    running = {}
+    for name, function in functions.items():
+        try:
+            for _ in range(max(warmup, 1)):
+                function()
+            _synchronise(device)
+        except Exception as error:  # a rival may fail in any way; that is a result to show
+            lines = str(error).strip().splitlines()
+            timings[name] = Timing(error=f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": "))
+        else:
+            running[name] = function
+    times: dict[str, list[float]] = {name: [] for name in running}
+    clock = _cuda_round if device.type == "cuda" else _cpu_round
+    collecting, started = gc.isenabled(), time.monotonic()
+    gc.disable()  # a collection in the middle would be charged to whoever runs then
+    try:
+        for done in range(rounds if running else 0):
+            if done >= MIN_ROUNDS and time.monotonic() - started > seconds:
+                break
+            order = list(running) if done % 2 == 0 else list(reversed(running))
+            for name, milliseconds in clock({name: running[name] for name in order}, device).items():
+                times[name].append(milliseconds)
+    finally:
+        if collecting:
+            gc.enable()
+    first = times.get(next(iter(functions), ""))
+    for name, values in times.items():
+        p20, p50, p80 = (float(x) for x in np.percentile(values, (20, 50, 80)))
+        ratio = float(np.median(np.divide(values, first))) if first else None
+        timings[name] = Timing(p20, p50, p80, ratio, len(values))
+    return timings
+
+
+def mm_rate(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of a 2048^3 `torch.mm` at the current float32 matmul precision; median of 10."""
+    a, b = (torch.randn(MM_SIZE, MM_SIZE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = measure_pairs({"mm": lambda: torch.mm(a, b, out=out)}, rounds=10, warmup=2, device=device)["mm"]
+    return 2 * MM_SIZE**3 / _measured(timing) / 1e6
+
+
+def copy_bandwidth(device: torch.device | str) -> float:
+    """GB/s, bytes read plus bytes written, of a large `copy_`; median of 10."""
+    source = torch.ones(COPY_BYTES[torch.device(device).type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = measure_pairs({"copy": lambda: target.copy_(source)}, rounds=10, warmup=2, device=device)["copy"]
+    return 2 * source.numel() / _measured(timing) / 1e6
+
+
+def measure_floors(device: torch.device | str, dtype: torch.dtype = torch.float32) -> Floors:
+    """Both rates of the machine; takes a second or two."""
+    return Floors(mm_rate(device, dtype), copy_bandwidth(device))
+
+
+def time_row(
+    provider: str, timing: Timing, *, kernel: str, mode: str, x: str, flops: float = 0.0, num_bytes: float = 0.0,
+    floors: Floors | None = None,
+) -> Row:
+    """The record of a timing; rates and the share of the floor from the work that one call does.
+
+    Args:
+        mode: "forward", "backward", "forward+backward", "step", ...
+        x: the shape, as in "B=4096 F=27 D=64".
+        flops, num_bytes: work of a call as the floor counts it, the same for every provider; 0 if not known.
+    """
+    row = Row(kernel=kernel, provider=provider, mode=mode, metric="time", unit="ms", x=x, p20=timing.p20,
+              p50=timing.p50, p80=timing.p80, ratio=timing.ratio, error=timing.error)
+    if timing.p50:
+        row.gflops = flops / timing.p50 / 1e6 if flops else None
+        row.gbps = num_bytes / timing.p50 / 1e6 if num_bytes else None
+        if floors and (flops or num_bytes):
+            row.percent_of_floor = 100 * floors.milliseconds(flops, num_bytes) / timing.p50
+    return row
+
+
+def saved_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps for the backward pass of what `function` computes.
+
+    Each storage counts once and whole, however many views of it are kept. `exclude`: inputs and parameters, which
+    exist anyway.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps addresses from being used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def peak_memory(
+    function: Callable[[], Any], *, device: torch.device | str = "cpu", exclude: Iterable[torch.Tensor] = ()
+) -> int:
+    """Bytes that a call needs on top of what is allocated before it.
+
+    CUDA: the allocator's peak during the call. CPU, where PyTorch counts no allocations: `saved_bytes`.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return saved_bytes(function, exclude)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _measured(timing: Timing) -> float:
+    """Its median in ms; RuntimeError if it did not run."""
+    if timing.p50 is None:
+        raise RuntimeError(f"the machine's rate could not be measured: {timing.error}")
+    return timing.p50
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_round(functions: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one call of each, in that order."""
+    times = {}
+    for name, function in functions.items():
+        started = time.perf_counter()
+        function()
+        times[name] = (time.perf_counter() - started) * 1e3
+    return times
+
+
+def _cuda_round(functions: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """As `_cpu_round`; the flush before each call also gives the host time to launch it ahead."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    events = {}
+    for name, function in functions.items():
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        function()
+        stop.record()
+        events[name] = start, stop
+    torch.cuda.synchronize(device)
+    return {name: start.elapsed_time(stop) for name, (start, stop) in events.items()}
