@@ -56,7 +56,11 @@ class Trained:
         """
         path = _checkpoint_path(run, checkpoint)
         content = load_checkpoint(path)
-        config, artifacts = content["config"], Artifacts.from_dict(content["artifacts"])
+        config = content["config"]
+        try:
+            artifacts = Artifacts.from_dict(content["artifacts"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         place = choose_device(device)
         resolve_kernels(kernels, place, config["model"])
         set_up_torch(threads=threads, precision=config["precision"], deterministic=config["deterministic"])
@@ -129,7 +133,7 @@ def evaluate_prepared(trained: Trained, data: Path, split: str, batch_size: int 
     artifacts = Artifacts.load(data)
     differences = trained.artifacts.differences(artifacts)
     if differences:
-        raise UserError(f"{data} does not fit {trained.path}: {'; '.join(differences)}")
+        raise UserError(f"{data} was prepared otherwise than the data of {trained.path}: {'; '.join(differences)}")
     with _progress(artifacts.counts[split]) as progress:
         return split_report(trained.model, data, artifacts, split, progress=progress, **trained.options(batch_size))
 

@@ -192,6 +192,9 @@ def test_damaged_checkpoints(evaluate, trained, prepared, tmp_path):
     content["model"].popitem()
     torch.save(content, tmp_path / "best.pt")
     assert "do not fit the model 'dcnv2'" in one_sentence(*evaluate(tmp_path, "--data", prepared))
+    content["artifacts"] = {"protocol": "another"}
+    torch.save(content, tmp_path / "best.pt")
+    assert "best.pt: artifacts" in one_sentence(*evaluate(tmp_path, "--data", prepared))
 
 
 def test_a_bad_line_is_named_and_nothing_is_written(evaluate, trained, gold_lines, tmp_path):
