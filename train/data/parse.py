@@ -1,0 +1,178 @@
+"""Raw Criteo lines to features, a block of some ten thousand lines at a time, in whole-array operations.
+
+A block is parsed optimistically: separators are found, counted and reshaped to [lines, columns], numbers and hex
+strings read by column position. Whatever does not fit is looked at again line by line, strictly, to name the line.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .protocol import NUM_DENSE, NUM_SPARSE, fnv_basis, fnv_step, ids_of, transform_dense
+
+TAB, NEWLINE, MINUS, ZERO = 9, 10, 45, 48
+COLUMNS = 1 + NUM_DENSE + NUM_SPARSE  # of a labelled file; an unlabelled one has one less
+MAX_DIGITS = 18  # of a number: what int64 surely holds
+HEX = 8  # characters of a categorical value, at most
+_BYTES = np.uint64(0x0101010101010101)
+_SHOWN = 60  # characters of an offending text
+
+
+@dataclass
+class Block:
+    """Lines parsed. label uint8 [n] (None if unlabelled), dense float32 [n, 13] transformed, dense_missing bool
+    [n, 13], sparse int32 [n, 26], values uint32 [n, 26] (hashes before the modulo), sparse_missing bool [n, 26].
+    """
+
+    label: np.ndarray | None
+    dense: np.ndarray
+    dense_missing: np.ndarray
+    sparse: np.ndarray
+    values: np.ndarray
+    sparse_missing: np.ndarray
+
+
+class BadLine(ValueError):
+    """A line that breaks the format. `line` counts from 0 within the block; `reason` quotes the offending text."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(f"line {line}: {reason}")
+        self.line, self.reason = line, reason
+
+
+def parse_block(text: bytes, *, labelled: bool, hash_bins: int) -> Block:
+    """Whole lines, each ended by a newline -> features. Raises BadLine for the first line that breaks the format."""
+    block = _parse(text, labelled, hash_bins)
+    if block is not None:
+        return block
+    for i, line in enumerate(text.split(b"\n")[:-1]):
+        reason = why_bad(line, labelled)
+        if reason:
+            raise BadLine(i, reason)
+    raise AssertionError("a block was refused, yet each of its lines is well-formed")
+
+
+def good_lines(text: bytes, *, labelled: bool) -> tuple[bytes, np.ndarray]:
+    """The well-formed lines of a block, and their positions in it, int64."""
+    lines = text.split(b"\n")[:-1]
+    kept = [i for i, line in enumerate(lines) if not why_bad(line, labelled)]
+    return b"".join(lines[i] + b"\n" for i in kept), np.array(kept, dtype=np.int64)
+
+
+def why_bad(line: bytes, labelled: bool) -> str:
+    """What is wrong with one line (without its newline), quoting the text; empty if nothing."""
+    columns = line.split(b"\t")
+    expected = COLUMNS if labelled else COLUMNS - 1
+    if len(columns) != expected:
+        return f"{len(columns)} columns instead of {expected}: {_shown(line)}"
+    if labelled and columns[0] not in (b"0", b"1"):
+        return f"the label is {_shown(columns[0])}, not 0 or 1"
+    first = int(labelled)
+    for i, value in enumerate(columns[first:first + NUM_DENSE]):
+        digits = value.removeprefix(b"-")
+        if value and not (digits.isdigit() and len(digits) <= MAX_DIGITS):
+            return f"I{i + 1} is {_shown(value)}, not an integer" + (
+                f" of at most {MAX_DIGITS} digits" if digits.isdigit() else "")
+    for i, value in enumerate(columns[first + NUM_DENSE:]):
+        if len(value) > HEX:
+            return f"C{i + 1} is {_shown(value)}, longer than {HEX} characters"
+        if value.strip(b"0123456789abcdef"):
+            return f"C{i + 1} is {_shown(value)}, not lowercase hexadecimal"
+    return ""
+
+
+def _shown(text: bytes) -> str:
+    shown = text[:_SHOWN].decode("utf-8", "backslashreplace")
+    return repr(shown + ("..." if len(text) > _SHOWN else ""))
+
+
+def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
+    """The features, or None where anything breaks the format."""
+    columns = COLUMNS if labelled else COLUMNS - 1
+    data = np.frombuffer(text + bytes(HEX), dtype=np.uint8)  # padded: words are read past the last field
+    separators = np.flatnonzero((data == TAB) | (data == NEWLINE))
+    if len(separators) % columns:
+        return None
+    ends = separators.reshape(-1, columns)
+    is_newline = data[ends] == NEWLINE
+    if not is_newline[:, -1].all() or is_newline[:, :-1].any():
+        return None
+    starts = np.empty_like(ends)
+    starts.ravel()[1:] = separators[:-1] + 1
+    starts[0, 0] = 0
+    lengths = ends - starts
+
+    first, label = int(labelled), None
+    if labelled:
+        label = data[starts[:, 0]] - np.uint8(ZERO)  # wraps for bytes below '0'
+        if (lengths[:, 0] != 1).any() or (label > 1).any():
+            return None
+    numbers = slice(first, first + NUM_DENSE)
+    values = _integers(data, starts[:, numbers], ends[:, numbers], lengths[:, numbers])
+    if values is None:
+        return None
+    strings = slice(first + NUM_DENSE, None)
+    hashes = _hashes(data, starts[:, strings], lengths[:, strings])
+    if hashes is None:
+        return None
+    missing = lengths[:, strings] == 0
+    return Block(label, transform_dense(values), lengths[:, numbers] == 0, ids_of(hashes, missing, hash_bins), hashes,
+                 missing)
+
+
+def _integers(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+    """Decimal integers [n, 13], a missing one 0; None where something else stands."""
+    negative = (data[starts] == MINUS) & (lengths > 0)
+    digits = lengths - negative
+    longest = int(digits.max(initial=0))
+    if longest > MAX_DIGITS or (digits[negative] == 0).any():
+        return None
+    values = np.zeros(lengths.shape, dtype=np.int64)
+    for i in range(longest):  # from the last digit on
+        present = digits > i
+        digit = np.where(present, data[ends - 1 - i] - np.uint8(ZERO), 0)
+        if (digit > 9).any():
+            return None
+        values += digit * np.int64(10**i)
+    return np.where(negative, -values, values)
+
+
+def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+    """FNV-1a states uint32 [n, 26] of lowercase hex strings of at most 8 characters; None where another stands."""
+    if lengths.max(initial=0) > HEX:
+        return None
+    words = np.ndarray(len(data) - HEX + 1, dtype="<u8", buffer=data, strides=1)[starts]  # 8 bytes from each start
+    basis = np.array([fnv_basis(field) for field in range(NUM_SPARSE)], dtype=np.uint32)
+    state = np.broadcast_to(basis, lengths.shape)
+    full = lengths == HEX
+    whole = full | (lengths == 0)
+    if not _is_hex(words[full]).all():
+        return None
+    for i in range(HEX):
+        state = fnv_step(state, ((words >> np.uint64(8 * i)) & np.uint64(0xFF)).astype(np.uint32))
+    state = np.where(full, state, basis)
+    if not whole.all():  # rare: strings of 1 to 7 characters
+        row, column = np.nonzero(~whole)
+        length, word = lengths[row, column], words[row, column]
+        short = basis[column]
+        for i in range(HEX - 1):
+            character = (word >> np.uint64(8 * i)) & np.uint64(0xFF)
+            inside = i < length
+            if not np.isin(character[inside], np.frombuffer(b"0123456789abcdef", dtype=np.uint8)).all():
+                return None
+            short = np.where(inside, fnv_step(short, character.astype(np.uint32)), short)
+        state[row, column] = short
+    return state
+
+
+def _is_hex(words: np.ndarray) -> np.ndarray:
+    """Whether all 8 bytes of each uint64 are 0-9 or a-f: byte + (128 - bound) has its top bit set iff it is >= bound."""
+    low = words & (_BYTES * np.uint64(0x7F))
+
+    def at_least(bound: int) -> np.ndarray:
+        return low + _BYTES * np.uint64(128 - bound)
+
+    digit = at_least(ord("0")) & ~at_least(ord("9") + 1)
+    letter = at_least(ord("a")) & ~at_least(ord("f") + 1)
+    top = _BYTES * np.uint64(0x80)
+    return ((digit | letter) & ~words & top) == top
