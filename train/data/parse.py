@@ -166,7 +166,7 @@ def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.nda
 
 
 def _is_hex(words: np.ndarray) -> np.ndarray:
-    """Whether all 8 bytes of each uint64 are 0-9 or a-f: byte + (128 - bound) has its top bit set iff it is >= bound."""
+    """Whether all 8 bytes of each uint64 are 0-9 or a-f: byte + (128 - bound) has its top bit set iff >= bound."""
     low = words & (_BYTES * np.uint64(0x7F))
 
     def at_least(bound: int) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""`ctr-data inspect`: what a prepared directory holds, and whether its files are still those that were written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import sha256
+from .artifacts import Artifacts
+from .prepare import SPLITS
+from .protocol import DENSE_NAMES, SPARSE_NAMES
+
+
+def inspect(directory: Path | str) -> dict[str, Any]:
+    """The artifacts of a prepared directory, its files verified against their checksums.
+
+    Raises UserError where artifacts.json is missing or damaged, or a file is missing or differs.
+    """
+    artifacts = Artifacts.load(directory)
+    for name in SPLITS:
+        expected = artifacts.outputs.get(name)
+        if expected is None:
+            raise UserError(f"{directory}: artifacts.json names no {name} file")
+        path = Path(directory) / expected["file"]
+        if not path.exists():
+            raise UserError(f"{path} does not exist, though artifacts.json names it")
+        found = sha256(path)
+        if found != expected["sha256"]:
+            raise UserError(f"{path} has the SHA-256 {found}, artifacts.json says {expected['sha256']}: the file was "
+                            "changed; prepare it again")
+    return artifacts.to_dict()
+
+
+def report(found: dict[str, Any]) -> str:
+    """The artifacts as text: settings, splits, fields."""
+    return "\n".join(_lines(found))
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    yield (f"protocol {found['protocol']} version {found['version']}, {found['hash_bins']:,} hash bins, "
+           f"{'with' if found['missing_indicator'] else 'no'} missing indicators")
+    for source in found["sources"]:
+        yield f"source {source['file']}: {source['rows']:,} lines, {source['bytes']:,} bytes"
+    if found["skipped_lines"]:
+        yield f"{found['skipped_lines']:,} bad lines skipped"
+    yield ""
+    yield f"{'split':<6}{'rows':>13}{'label rate':>12}{'bytes':>16}  {'best logloss':>12}{'best AUC':>10}  checksum"
+    for name in SPLITS:
+        rate, best = found["label_rate"][name], (found["best_possible"] or {}).get(name)
+        yield (f"{name:<6}{found['counts'][name]:>13,}{'-' if rate is None else f'{rate:.4f}':>12}"
+               f"{found['outputs'][name]['bytes']:>16,}  " +
+               (f"{best['logloss']:>12.4f}{best['auc']:>10.4f}" if best else f"{'-':>12}{'-':>10}") + "  ok")
+    yield ""
+    yield f"{'field':<6}{'missing':>9}{'distinct ids':>14}{'values (est.)':>15}{'collisions (est.)':>19}"
+    for name in DENSE_NAMES:
+        yield f"{name:<6}{found['fields'][name]['missing']:>9.1%}"
+    for name in SPARSE_NAMES:
+        field = found["fields"][name]
+        yield (f"{name:<6}{field['missing']:>9.1%}{field['distinct_ids']:>14,}{field['distinct_values']:>15,}"
+               f"{field['collisions']:>19,}")

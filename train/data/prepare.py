@@ -1,0 +1,217 @@
+"""`ctr-data prepare`: raw files to train, valid and gold as memory-mappable Arrow files, in one streaming pass."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import UserError
+from ..metrics import auc, logloss
+from .artifacts import FILE, Artifacts
+from .counting import FieldCounts
+from .protocol import GOLD_ROWS, HASH_BINS, NUM_SPARSE, VALID_RATIO, is_validation
+from .raw import Progress, Source, dense_features, read_blocks
+
+SPLITS = ("train", "valid", "gold")
+BATCH_ROWS = 65_536  # rows of a record batch
+MAX_HASH_BINS = 2**31 - 1  # ids are int32
+
+
+class SplitWriter:
+    """One split's Arrow IPC file, uncompressed, in record batches of 65,536 rows; hashed as it is written."""
+
+    def __init__(self, path: Path, num_dense: int) -> None:
+        self.path, self.rows, self.clicks = path, 0, 0
+        self._schema = pa.schema([("label", pa.uint8()), ("dense", pa.list_(pa.float32(), num_dense)),
+                                  ("sparse", pa.list_(pa.int32(), NUM_SPARSE))])
+        self._held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._held_rows = 0
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by finish() or abandon()
+        self._digest = hashlib.sha256()
+        self._arrow = pa.ipc.new_file(pa.PythonFile(self, "w"), self._schema)
+
+    def add(self, label: np.ndarray, dense: np.ndarray, sparse: np.ndarray) -> None:
+        """Rows to append."""
+        self.rows += len(label)
+        self.clicks += int(label.sum())
+        self._held.append((label, dense, sparse))
+        self._held_rows += len(label)
+        if self._held_rows >= BATCH_ROWS:
+            columns = [np.concatenate(parts) for parts in zip(*self._held, strict=True)]
+            whole = self._held_rows - self._held_rows % BATCH_ROWS
+            for start in range(0, whole, BATCH_ROWS):
+                self._write_batch([column[start:start + BATCH_ROWS] for column in columns])
+            self._held = [tuple(column[whole:].copy() for column in columns)]
+            self._held_rows -= whole
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is held, sync, and return the entry of `Artifacts.outputs`."""
+        if self._held_rows:
+            self._write_batch([np.concatenate(parts) for parts in zip(*self._held, strict=True)])
+        self._arrow.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        return {"file": self.path.name, "rows": self.rows, "bytes": size, "sha256": self._digest.hexdigest()}
+
+    def abandon(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
+    def _write_batch(self, columns: list[np.ndarray]) -> None:
+        label, *matrices = columns
+        arrays = [pa.array(label)] + [pa.FixedSizeListArray.from_arrays(pa.array(m.ravel()), m.shape[1])
+                                      for m in matrices]
+        self._arrow.write_batch(pa.record_batch(arrays, schema=self._schema))
+
+    # What pa.PythonFile asks of a file.
+    closed = False
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Arrow closes its view of the file; `finish` syncs and closes the file itself."""
+
+
+def prepare(
+    inputs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    hash_bins: int = HASH_BINS,
+    valid_ratio: float = VALID_RATIO,
+    gold_rows: int = GOLD_ROWS,
+    missing_indicator: bool = False,
+    on_bad_line: str = "error",
+    progress: Progress | None = None,
+) -> Artifacts:
+    """Raw labelled files, in order, -> train.arrow, valid.arrow, gold.arrow and artifacts.json under `out`.
+
+    The files appear together once all of them are complete; until then an earlier content of `out` stays. valid holds
+    every validation line, gold the first `gold_rows` of them. Where inputs come with true probabilities
+    (FILE.truth.npy, from `ctr-data synth`), the best possible metrics are computed too.
+
+    Args:
+        hash_bins: ids of a field, 1 to 2^31 - 1.
+        valid_ratio: share of the lines that are validation, in [0, 1).
+        missing_indicator: 13 more dense columns, 1 where the number is missing.
+        on_bad_line: "error", or "skip": left out and counted; skipped lines still count for the split.
+        progress: called with (lines, bytes of the input files) as they are read.
+
+    Raises UserError for unusable input, settings or `out`.
+    """
+    _check_settings(inputs, hash_bins, valid_ratio, gold_rows)
+    settings = Artifacts(hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
+                         missing_indicator=missing_indicator)
+    out = Path(out)
+    _check_out(out)
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        work.mkdir(parents=True)
+        _write_splits([Source(path) for path in inputs], settings, work, on_bad_line, progress)
+        settings.save(work)
+        _put_in_place(work, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return settings
+
+
+def _check_settings(inputs: Sequence[Path | str], hash_bins: int, valid_ratio: float, gold_rows: int) -> None:
+    if not inputs:
+        raise UserError("no input file is given")
+    if not 1 <= hash_bins <= MAX_HASH_BINS:
+        raise UserError(f"hash_bins={hash_bins} is outside 1 to {MAX_HASH_BINS}")
+    if not 0.0 <= valid_ratio < 1.0:
+        raise UserError(f"valid_ratio={valid_ratio} is outside [0, 1)")
+    if gold_rows < 1:
+        raise UserError(f"gold_rows={gold_rows}: at least 1 is needed")
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a directory")
+    if out.exists() and any(out.iterdir()) and not (out / FILE).exists():
+        raise UserError(f"{out} holds something else than prepared data; choose another directory")
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    """Rename the finished directory to its name; an earlier one goes last, and comes back if that fails."""
+    if not out.exists():
+        os.replace(work, out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    os.replace(out, old)
+    try:
+        os.replace(work, out)
+    except OSError:
+        os.replace(old, out)
+        raise
+    shutil.rmtree(old)
+
+
+def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str,
+                  progress: Progress | None) -> None:
+    """Fill the directory with the splits and `settings` with what was found."""
+    writers: dict[str, SplitWriter] = {}
+    counts = FieldCounts(settings.hash_bins)
+    validation: list[tuple[np.ndarray, np.ndarray]] = []  # (line_index, label)
+    try:
+        for name in SPLITS:
+            writers[name] = SplitWriter(directory / f"{name}.arrow", settings.num_dense)
+        for block in read_blocks(sources, labelled=True, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
+                                 progress=progress):
+            rows, valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
+            settings.skipped_lines += block.skipped
+            counts.add(rows)
+            columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
+            held_out = [column[valid] for column in columns]
+            gold = settings.gold_rows - writers["gold"].rows
+            writers["train"].add(*(column[~valid] for column in columns))
+            writers["valid"].add(*held_out)
+            writers["gold"].add(*(column[:gold] for column in held_out))
+            validation.append((block.line_index[valid], rows.label[valid]))
+        settings.outputs = {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    settings.sources = [source.describe() for source in sources]
+    settings.counts = {name: writer.rows for name, writer in writers.items()}
+    settings.label_rate = {name: w.clicks / w.rows if w.rows else None for name, w in writers.items()}
+    settings.fields = counts.describe()
+    settings.best_possible = _best_possible(sources, settings, validation)
+
+
+def _best_possible(sources: list[Source], settings: Artifacts,
+                   validation: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, float]] | None:
+    """Logloss and AUC of the true probabilities on valid and gold, if every source has them beside it."""
+    files = [source.path.with_name(source.path.name + ".truth.npy") for source in sources]
+    if not all(file.exists() for file in files):
+        return None
+    truths = [np.load(file, mmap_mode="r") for file in files]
+    for file, truth, source in zip(files, truths, sources, strict=True):
+        if truth.shape != (source.lines,):
+            raise UserError(f"{file} holds {truth.shape} probabilities, {source.path} {source.lines:,} lines: "
+                            "they do not belong together")
+    line_index, label = (np.concatenate(parts) for parts in zip(*validation, strict=True))
+    probability = np.concatenate(truths)[line_index].astype(np.float64)
+    logits = np.log(probability) - np.log1p(-probability)
+    found = {}
+    for name, rows in (("valid", len(label)), ("gold", settings.counts["gold"])):
+        if 0 < label[:rows].sum() < rows:
+            found[name] = {"logloss": logloss(logits[:rows], label[:rows]), "auc": auc(logits[:rows], label[:rows])}
+    return found or None

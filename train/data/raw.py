@@ -1,0 +1,213 @@
+"""Raw Criteo files, plain or gzip, as a stream of features: read in order, parsed by a few threads."""
+
+import gzip
+import hashlib
+import io
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .artifacts import Artifacts
+from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
+
+BLOCK_BYTES = 1 << 21  # some 9,000 lines: the arrays of a block then stay near the cache
+MAX_LINE_BYTES = 1 << 20
+GZIP_MAGIC = b"\x1f\x8b"
+Progress = Callable[[int, int], None]  # (lines, bytes of the files) since the last call
+
+
+@dataclass
+class RawFeatures:
+    """Rows in the order of the files: dense float32 [n, num_dense], sparse int32 [n, 26], label uint8 [n] (None if
+    unlabelled), line_index int64 [n] from 0 over all lines of all files, bad ones included.
+    """
+
+    dense: np.ndarray
+    sparse: np.ndarray
+    label: np.ndarray | None
+    line_index: np.ndarray
+
+
+class Source:
+    """One raw file, read as blocks of whole lines.
+
+    Attributes: lines, read so far; sha256 and size of the file, once it has been read to its end.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.lines = 0
+        self._digest = hashlib.sha256()
+        self.bytes_read = 0
+
+    def blocks(self) -> Iterator[bytes]:
+        """Whole lines, about BLOCK_BYTES at a time, each line ended by a newline alone. UserError if unreadable."""
+        try:
+            with open(self.path, "rb") as file, closing(self._open(file)) as stream:
+                yield from self._lines(stream)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{self.path} is a truncated or damaged gzip file, after line {self.lines:,} ({error})") \
+                from None
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of `Artifacts.sources`."""
+        return {"file": str(self.path), "bytes": self.bytes_read, "sha256": self._digest.hexdigest(),
+                "rows": self.lines}
+
+    def _open(self, file: io.BufferedReader) -> Any:
+        compressed = file.peek(2)[:2] == GZIP_MAGIC  # by content: names lie
+        counted = _Counted(file, self._count)
+        return gzip.GzipFile(fileobj=counted) if compressed else counted
+
+    def _count(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.bytes_read += len(data)
+
+    def _lines(self, stream: Any) -> Iterator[bytes]:
+        rest = b""
+        while data := stream.read(BLOCK_BYTES):
+            cut = data.rfind(b"\n") + 1
+            if cut:
+                yield self._whole(rest + data[:cut])
+                rest = data[cut:]
+            else:
+                rest += data
+            if len(rest) > MAX_LINE_BYTES:
+                raise UserError(f"{self.path}, line {self.lines + 1:,} is longer than {MAX_LINE_BYTES:,} bytes: "
+                                "no Criteo rows")
+        if rest:
+            yield self._whole(rest + b"\n")
+        if not self.lines:
+            raise UserError(f"{self.path} is empty")
+
+    def _whole(self, text: bytes) -> bytes:
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n")
+        self.lines += text.count(b"\n")
+        return text
+
+
+class _Counted:
+    """A file that shows every byte it reads to `seen`."""
+
+    def __init__(self, file: io.BufferedReader, seen: Callable[[bytes], None]) -> None:
+        self._file, self._seen = file, seen
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._seen(data)
+        return data
+
+    def close(self) -> None:
+        """The file is closed by who opened it."""
+
+
+@dataclass
+class ParsedBlock:
+    """A block's rows and where they come from; skipped counts its bad lines."""
+
+    rows: Block
+    line_index: np.ndarray
+    skipped: int
+
+
+def read_blocks(
+    sources: Sequence[Source],
+    *,
+    labelled: bool | None,
+    hash_bins: int,
+    on_bad_line: str = "error",
+    progress: Progress | None = None,
+) -> Iterator[ParsedBlock]:
+    """All lines of all sources in order, parsed by as many threads as there are CPUs, a few blocks ahead.
+
+    Args:
+        labelled: 40 columns (True) or 39 (False); None takes what the first line has.
+        on_bad_line: "error" raises UserError with file, line and text; "skip" leaves the line out and counts it.
+    """
+    if on_bad_line not in ("error", "skip"):
+        raise ValueError(f"on_bad_line={on_bad_line!r}: choose error or skip")
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    first_line = 0  # of the file, counted over all files
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[ParsedBlock]] = deque()
+        try:
+            for source in sources:
+                before = source.bytes_read
+                for text in source.blocks():
+                    if labelled is None:
+                        labelled = text[:text.index(b"\n")].count(b"\t") + 1 == COLUMNS
+                    count = text.count(b"\n")
+                    here = source.lines - count
+                    waiting.append(pool.submit(_parse, text, source.path, here, first_line + here, labelled,
+                                               hash_bins, on_bad_line))
+                    if progress is not None:
+                        progress(count, source.bytes_read - before)
+                    before = source.bytes_read
+                    if len(waiting) > 2 * threads:
+                        yield waiting.popleft().result()
+                first_line += source.lines
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _parse(text: bytes, path: Path, line: int, line_index: int, labelled: bool, hash_bins: int,
+           on_bad_line: str) -> ParsedBlock:
+    try:
+        rows = parse_block(text, labelled=labelled, hash_bins=hash_bins)
+        return ParsedBlock(rows, np.arange(line_index, line_index + len(rows.sparse)), 0)
+    except BadLine as bad:
+        if on_bad_line == "error":
+            raise UserError(f"{path}, line {line + bad.line + 1:,}: {bad.reason}") from None
+    kept_text, kept = good_lines(text, labelled=labelled)
+    rows = parse_block(kept_text, labelled=labelled, hash_bins=hash_bins)
+    return ParsedBlock(rows, line_index + kept, text.count(b"\n") - len(kept))
+
+
+def dense_features(rows: Block, missing_indicator: bool) -> np.ndarray:
+    """The numbers of a block float32 [n, 13], or with 13 indicators of what is missing behind them [n, 26]."""
+    if not missing_indicator:
+        return rows.dense
+    return np.concatenate([rows.dense, rows.dense_missing.astype(np.float32)], axis=1)
+
+
+def read_features(
+    paths: Sequence[Path | str],
+    *,
+    settings: Artifacts,
+    labelled: bool | None = None,
+    on_bad_line: str = "error",
+    progress: Progress | None = None,
+) -> Iterator[RawFeatures]:
+    """Features of raw rows as `settings` prepares them, in pieces of some thousand rows.
+
+    Args:
+        paths: files in order, plain or gzip.
+        settings: hash_bins and missing_indicator are used.
+        labelled: 40 columns (True) or 39 (False); None takes what the first line has.
+        on_bad_line: "error" or "skip".
+        progress: called with (lines, bytes of the files) as they are read.
+
+    Raises UserError for a missing, empty or damaged file, and for a bad line unless they are skipped.
+    """
+    sources = [Source(path) for path in paths]
+    for block in read_blocks(sources, labelled=labelled, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
+                             progress=progress):
+        yield RawFeatures(dense_features(block.rows, settings.missing_indicator), block.rows.sparse,
+                          block.rows.label, block.line_index)
