@@ -1,0 +1,95 @@
+"""The planted teacher: true click probabilities with main effects and interactions of two and three fields.
+
+A value of an active field carries a latent code of two signs, as if it belonged to one of four groups. The signs
+have main effects, so that embeddings of values of a group come to lie together; their products across fields make
+the interactions, which no sum over fields can express. Values beyond a field's most frequent ones have no effect, for
+nobody could learn it. The teacher never changes, so that data of several seeds are samples of one world.
+"""
+
+import numpy as np
+
+from .synth_features import CATEGORIES, HeavyTail, rank_distribution
+
+BIAS = -1.36  # gives the label rate 0.256
+HEAD = 200  # a field's most frequent values, which have effects
+
+# What the signs of a field's values weigh in the logit on their own: (first sign, second sign).
+MAIN = {
+    "C1": (.15, .1), "C2": (.2, .15), "C5": (.15, .1), "C6": (.2, .15), "C8": (.15, .1), "C9": (.2, 0.),
+    "C14": (.2, .15), "C17": (.2, .15), "C18": (.15, .1), "C20": (.2, .15), "C22": (.15, .1), "C23": (.2, .15),
+    "C25": (.2, .15),
+}
+# Standard deviation of an effect of each value of its own, of fields without interactions.
+OWN = {"C3": .3, "C4": .3, "C7": .3, "C10": .3, "C11": .3, "C12": .3, "C13": .3, "C15": .3, "C16": .3, "C19": .2,
+       "C21": .3, "C24": .3, "C26": .3}
+# Numbers: an effect of log1p(max(x, 0)), missing as 0; and the first value of the upper half, whose sign is positive.
+SLOPE = {"I1": .15, "I3": .06, "I4": -.08, "I6": -.1, "I7": .1, "I8": .05, "I11": .2, "I13": -.08}
+UPPER = {"I2": 3, "I5": 3_000, "I6": 20, "I9": 38, "I11": 2}
+# Products of first signs, and products of three second signs; numbers have one sign.
+PAIRS = {
+    ("C6", "C14"): .4, ("C6", "C17"): .4, ("C14", "C23"): .4, ("C17", "C25"): .4, ("C20", "C23"): .4,
+    ("C2", "C20"): .4, ("C1", "C25"): .3, ("C5", "C14"): .3, ("C8", "C17"): .3, ("C18", "C6"): .3,
+    ("I6", "C17"): .3, ("I11", "C14"): .3, ("I2", "C23"): .3, ("I5", "C6"): .3,
+}
+TRIPLES = {("C6", "C17", "C20"): .4, ("C14", "C23", "C25"): .4, ("C2", "C17", "C23"): .3, ("I9", "C6", "C14"): .3}
+
+
+class Teacher:
+    """`logits(values, missing)` of columns as `synth_features.draw_features` gives them."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(20140624)
+        self._codes = {name: _balanced_codes(name, generator) for name in MAIN}  # [2, HEAD + 2] of -1, 0, 1
+        self._main = {name: (np.array(MAIN[name]) @ codes).astype(np.float32) for name, codes in self._codes.items()}
+        for name, deviation in OWN.items():
+            self._main[name] = np.append(generator.normal(0, deviation, HEAD + 1), 0.0).astype(np.float32)
+
+    def logits(self, values: dict[str, np.ndarray], missing: dict[str, np.ndarray]) -> np.ndarray:
+        """True logits float32 [rows]."""
+        rows = len(values["I1"])
+        index, signs = {}, {}
+        for name in self._main:
+            place = np.minimum(values[name] + 1, HEAD + 1)  # 0: missing, 1..HEAD: frequent values, HEAD + 1: others
+            if name in missing:
+                place[missing[name]] = 0
+            index[name] = place
+        for name, codes in self._codes.items():
+            signs[name] = codes[0][index[name]], codes[1][index[name]]
+        logits = np.full(rows, BIAS, dtype=np.float32)
+        for name, effect in self._main.items():
+            logits += effect[index[name]]
+        for name, slope in SLOPE.items():
+            logits += np.float32(slope) * np.log1p(_number(values, missing, name).astype(np.float32))
+        for name, first in UPPER.items():
+            sign = np.where(_number(values, missing, name) >= first, np.float32(1), np.float32(-1))
+            signs[name] = sign, sign
+        for (a, b), weight in PAIRS.items():
+            logits += np.float32(weight) * signs[a][0] * signs[b][0]
+        for (a, b, c), weight in TRIPLES.items():
+            logits += np.float32(weight) * signs[a][1] * signs[b][1] * signs[c][1]
+        return logits
+
+
+def _number(values: dict[str, np.ndarray], missing: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """max(x, 0), missing as 0: what a model sees after the transform."""
+    number = np.maximum(values[name], 0)
+    if name in missing:
+        number[missing[name]] = 0
+    return number
+
+
+def _balanced_codes(name: str, generator: np.random.Generator) -> np.ndarray:
+    """Signs float32 [2, HEAD + 2] of a field's entries: missing, the HEAD most frequent values, all others (0).
+
+    Of many random draws that whose two signs have the least mean and correlation over rows: an unbalanced sign is
+    mostly a constant, its products mostly main effects.
+    """
+    missing_rate, cardinality, _ = CATEGORIES[name]
+    distribution: HeavyTail = rank_distribution(name)
+    ranks = np.arange(min(HEAD, cardinality))
+    share = np.zeros(HEAD + 1)
+    share[0], share[1:len(ranks) + 1] = missing_rate, (1 - missing_rate) * distribution.share(ranks)
+    draws = generator.choice([-1.0, 1.0], size=(1000, 2, HEAD + 1))
+    imbalance = np.abs(draws @ share).sum(axis=1) + np.abs((draws[:, 0] * draws[:, 1]) @ share)
+    best = draws[imbalance.argmin()]
+    return np.concatenate([best, np.zeros((2, 1))], axis=1).astype(np.float32)
