@@ -1,8 +1,5 @@
-"""Small prepared data for the tests of data, training and evaluation, and a runner for the real command lines."""
+"""Small prepared data for the tests of data, training and evaluation."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,22 +48,3 @@ def write_split() -> Callable[..., dict[str, np.ndarray]]:
         return arrays
 
     return write
-
-
-@pytest.fixture
-def ctr_train(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The real `ctr-train` in a process of its own, in `tmp_path`, one thread: (*arguments) -> finished process."""
-
-    def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*CTR_TRAIN, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                              cwd=tmp_path, env=one_thread(), **options)
-
-    return run
-
-
-CTR_TRAIN = [sys.executable, "-m", "ctr_train.cli_train"]
-
-
-def one_thread() -> dict[str, str]:
-    """The environment for a process that shares the machine with other tests."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
