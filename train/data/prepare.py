@@ -174,10 +174,9 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
         for name in SPLITS:
             writers[name] = SplitWriter(directory / f"{name}.arrow", settings.num_dense)
         for block in read_blocks(sources, labelled=True, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
-                                 progress=progress):
+                                 seen=counts.add, progress=progress):
             rows, valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
             settings.skipped_lines += block.skipped
-            counts.add(rows)
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
             held_out = [column[valid] for column in columns]
             gold = settings.gold_rows - writers["gold"].rows

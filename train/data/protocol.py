@@ -79,5 +79,5 @@ def is_validation(line_index: np.ndarray, valid_ratio: float = VALID_RATIO) -> n
     >>> is_validation(np.arange(100)).nonzero()[0].tolist()[:3]
     [32, 67, 69]
     """
-    draw = (1103515245 * (line_index.astype(np.int64) + 42) + 12345) % (1 << 31)
+    draw = (1103515245 * (line_index.astype(np.int64) + 42) + 12345) & ((1 << 31) - 1)
     return draw / float(1 << 31) < valid_ratio

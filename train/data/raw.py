@@ -19,7 +19,7 @@ from ..errors import UserError
 from .artifacts import Artifacts
 from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
 
-BLOCK_BYTES = 1 << 21  # some 9,000 lines: the arrays of a block then stay near the cache
+BLOCK_BYTES = 1 << 20  # some 4,000 lines: larger arrays leave the cache and are mapped anew at each use
 MAX_LINE_BYTES = 1 << 20
 GZIP_MAGIC = b"\x1f\x8b"
 Progress = Callable[[int, int], None]  # (lines, bytes of the files) since the last call
@@ -130,6 +130,7 @@ def read_blocks(
     labelled: bool | None,
     hash_bins: int,
     on_bad_line: str = "error",
+    seen: Callable[[Block], None] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[ParsedBlock]:
     """All lines of all sources in order, parsed by as many threads as there are CPUs, a few blocks ahead.
@@ -137,6 +138,7 @@ def read_blocks(
     Args:
         labelled: 40 columns (True) or 39 (False); None takes what the first line has.
         on_bad_line: "error" raises UserError with file, line and text; "skip" leaves the line out and counts it.
+        seen: called with every block in the thread that parsed it, in no order.
     """
     if on_bad_line not in ("error", "skip"):
         raise ValueError(f"on_bad_line={on_bad_line!r}: choose error or skip")
@@ -153,7 +155,7 @@ def read_blocks(
                     count = text.count(b"\n")
                     here = source.lines - count
                     waiting.append(pool.submit(_parse, text, source.path, here, first_line + here, labelled,
-                                               hash_bins, on_bad_line))
+                                               hash_bins, on_bad_line, seen))
                     if progress is not None:
                         progress(count, source.bytes_read - before)
                     before = source.bytes_read
@@ -168,16 +170,20 @@ def read_blocks(
 
 
 def _parse(text: bytes, path: Path, line: int, line_index: int, labelled: bool, hash_bins: int,
-           on_bad_line: str) -> ParsedBlock:
+           on_bad_line: str, seen: Callable[[Block], None] | None) -> ParsedBlock:
+    skipped = 0
     try:
         rows = parse_block(text, labelled=labelled, hash_bins=hash_bins)
-        return ParsedBlock(rows, np.arange(line_index, line_index + len(rows.sparse)), 0)
+        kept = np.arange(len(rows.sparse))
     except BadLine as bad:
         if on_bad_line == "error":
             raise UserError(f"{path}, line {line + bad.line + 1:,}: {bad.reason}") from None
-    kept_text, kept = good_lines(text, labelled=labelled)
-    rows = parse_block(kept_text, labelled=labelled, hash_bins=hash_bins)
-    return ParsedBlock(rows, line_index + kept, text.count(b"\n") - len(kept))
+        good, kept = good_lines(text, labelled=labelled)
+        rows = parse_block(good, labelled=labelled, hash_bins=hash_bins)
+        skipped = text.count(b"\n") - len(kept)
+    if seen is not None:
+        seen(rows)
+    return ParsedBlock(rows, line_index + kept, skipped)
 
 
 def dense_features(rows: Block, missing_indicator: bool) -> np.ndarray:
