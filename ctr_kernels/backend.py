@@ -70,6 +70,10 @@ def backends() -> dict[str, Backend]:
     return {"native": _native(), "triton": _triton(), "eager": eager}
 
 
+def _inside_torch_func() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that runs `operation` on tensors of `device` and `dtype`: "eager", "native" or "triton".
 
@@ -86,7 +90,7 @@ def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dty
         if operation not in IMPLEMENTED[wanted]:
             return "eager"
         runs = wanted == "triton" or (device.type == "cpu" and NATIVE_ABSENT is None
-                                      and dtype in NATIVE_DTYPES[operation])
+                                      and dtype in NATIVE_DTYPES[operation] and not _inside_torch_func())
         return wanted if runs else "eager"
     reason = NATIVE_ABSENT if wanted == "native" else _triton().reason  # backends() cannot be traced by torch.compile
     if reason is not None:
@@ -98,6 +102,9 @@ def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dty
     if wanted == "native" and dtype not in NATIVE_DTYPES[operation]:
         taken = " and ".join(str(d) for d in NATIVE_DTYPES[operation])
         raise TypeError(f"{operation} with kernels='native' takes {taken}, not {dtype}; kernels='eager' takes any")
+    if _inside_torch_func():
+        raise BackendUnavailable(f"kernels={wanted!r} has no rules for torch.func (grad, vmap, ...); "
+                                 "use kernels='eager'")
     if wanted == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendUnavailable(f"kernels='triton' runs on CUDA tensors, these are on {device}")
     return wanted
