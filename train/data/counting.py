@@ -8,23 +8,26 @@ import numpy as np
 from .parse import Block
 from .protocol import DENSE_NAMES, NUM_DENSE, NUM_SPARSE, SPARSE_NAMES
 
-_MAP_BITS = 22  # of the linear counting maps: 4 MB a field
+_MAP_BITS = 22  # of the linear counting maps of values: 4 MB a field
+_MAX_IDS = 1 << 24  # cells of a map of ids: up to so many bins, ids are counted exactly
 _MIX = np.uint32(2654435769)  # Fibonacci hashing: its high bits depend on all bits of the value
 
 
 class FieldCounts:
-    """Counts over blocks, in memory that does not grow: hash_bins + 4 M bytes for each categorical field.
+    """Counts over blocks, in memory that does not grow: min(hash_bins, 16 M) + 4 M bytes for each categorical field.
 
-    Distinct ids are exact. Distinct values are estimated by linear counting (Whang et al. 1990): n values thrown into
-    m cells leave about m exp(-n / m) empty, so n = -m ln(empty share); near exact for thousands, within 1% for
-    millions. Collisions are values that share their id with another of the field: distinct values - distinct ids.
+    Distinct ids are exact up to 16 M hash bins. Distinct values, and ids of more bins, are estimated by linear
+    counting (Whang et al. 1990): n values thrown into m cells leave about m exp(-n / m) empty, so n = -m ln(empty
+    share); near exact for thousands, within 1% for millions. Collisions are values that share their id with another
+    of the field: distinct values - distinct ids.
     """
 
     def __init__(self, hash_bins: int) -> None:
         self.rows = 0
         self._lock = threading.Lock()
         self._missing = np.zeros(NUM_DENSE + NUM_SPARSE, dtype=np.int64)
-        self._ids = np.zeros((NUM_SPARSE, hash_bins), dtype=np.bool_)
+        self._exact = hash_bins <= _MAX_IDS
+        self._ids = np.zeros((NUM_SPARSE, min(hash_bins, _MAX_IDS)), dtype=np.bool_)
         self._values = np.zeros((NUM_SPARSE, 1 << _MAP_BITS), dtype=np.bool_)
 
     def add(self, block: Block) -> None:
@@ -33,7 +36,8 @@ class FieldCounts:
         with self._lock:
             self.rows += len(block.sparse)
             self._missing += missing
-        ids = block.sparse.T.astype(np.intp)  # contiguous by field: its map then stays in the cache
+        ids = block.sparse if self._exact else block.sparse % _MAX_IDS
+        ids = ids.T.astype(np.intp)  # contiguous by field: its map then stays in the cache
         cells = ((block.values * _MIX) >> np.uint32(32 - _MAP_BITS)).T.astype(np.intp)
         for field in range(NUM_SPARSE):
             self._ids[field][ids[field]] = True
@@ -44,10 +48,14 @@ class FieldCounts:
         missing = self._missing / max(self.rows, 1)
         found: dict[str, dict[str, Any]] = {name: {"missing": float(missing[i])} for i, name in enumerate(DENSE_NAMES)}
         for field, name in enumerate(SPARSE_NAMES):
-            ids = int(self._ids[field].sum())
-            cells = self._values.shape[1]
-            empty = max(cells - int(self._values[field].sum()), 1)
-            values = max(round(cells * float(np.log(cells / empty))), ids)
+            ids = int(self._ids[field].sum()) if self._exact else _linear_count(self._ids[field])
+            values = max(_linear_count(self._values[field]), ids)
             found[name] = {"missing": float(missing[NUM_DENSE + field]), "distinct_ids": ids,
                            "distinct_values": values, "collisions": values - ids}
         return found
+
+
+def _linear_count(cells: np.ndarray) -> int:
+    """About how many distinct values were thrown into the cells, bool [m], of which those hit are true."""
+    empty = max(len(cells) - int(cells.sum()), 1)
+    return round(len(cells) * float(np.log(len(cells) / empty)))

@@ -99,7 +99,7 @@ def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
         return None
     starts = np.empty_like(ends)
     starts.ravel()[1:] = separators[:-1] + 1
-    starts[0, 0] = 0
+    starts[:1, 0] = 0
     lengths = ends - starts
 
     first, label = int(labelled), None

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..metrics import auc, logloss
 from .artifacts import FILE, Artifacts
 from .counting import FieldCounts
 from .protocol import GOLD_ROWS, HASH_BINS, NUM_SPARSE, VALID_RATIO, is_validation
@@ -116,14 +115,17 @@ def prepare(
     _check_settings(inputs, hash_bins, valid_ratio, gold_rows)
     settings = Artifacts(hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
                          missing_indicator=missing_indicator)
-    out = Path(out)
-    _check_out(out)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    place = Path(out).resolve()  # "." and links have no name of their own to rename
     try:
+        _check_out(place)
+        work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    try:
         _write_splits([Source(path) for path in inputs], settings, work, on_bad_line, progress)
         settings.save(work)
-        _put_in_place(work, out)
+        _put_in_place(work, place)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
@@ -145,8 +147,12 @@ def _check_settings(inputs: Sequence[Path | str], hash_bins: int, valid_ratio: f
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a directory")
-    if out.exists() and any(out.iterdir()) and not (out / FILE).exists():
-        raise UserError(f"{out} holds something else than prepared data; choose another directory")
+    if out.exists() and (content := {path.name for path in out.iterdir()}):
+        # A run directory has an artifacts.json too, and whatever lies here would go with the older data.
+        foreign = sorted(content - {FILE, *(f"{name}.arrow" for name in SPLITS)})
+        if foreign or FILE not in content:
+            raise UserError(f"{out} holds something else than prepared data ({(foreign or sorted(content))[0]}); "
+                            "choose another directory")
 
 
 def _put_in_place(work: Path, out: Path) -> None:
@@ -188,6 +194,7 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
     finally:
         for writer in writers.values():
             writer.abandon()
+    _check_rows(writers, settings, sources)
     settings.sources = [source.describe() for source in sources]
     settings.counts = {name: writer.rows for name, writer in writers.items()}
     settings.label_rate = {name: w.clicks / w.rows if w.rows else None for name, w in writers.items()}
@@ -195,13 +202,25 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
     settings.best_possible = _best_possible(sources, settings, validation)
 
 
+def _check_rows(writers: dict[str, SplitWriter], settings: Artifacts, sources: list[Source]) -> None:
+    """UserError where a split that was asked for got no rows."""
+    wanted = SPLITS if settings.valid_ratio > 0 else SPLITS[:1]
+    for name in wanted:
+        if not writers[name].rows:
+            lines = sum(source.lines for source in sources)
+            raise UserError(f"no row for {name}.arrow among the {lines:,} lines ({settings.skipped_lines:,} bad ones "
+                            f"skipped) of {', '.join(str(source.path) for source in sources)}: more lines are needed")
+
+
 def _best_possible(sources: list[Source], settings: Artifacts,
                    validation: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, float]] | None:
     """Logloss and AUC of the true probabilities on valid and gold, if every source has them beside it."""
+    from ..metrics import auc, logloss  # imports torch, which nothing else here needs
+
     files = [source.path.with_name(source.path.name + ".truth.npy") for source in sources]
     if not all(file.exists() for file in files):
         return None
-    truths = [np.load(file, mmap_mode="r") for file in files]
+    truths = [_load_truth(file) for file in files]
     for file, truth, source in zip(files, truths, sources, strict=True):
         if truth.shape != (source.lines,):
             raise UserError(f"{file} holds {truth.shape} probabilities, {source.path} {source.lines:,} lines: "
@@ -214,3 +233,14 @@ def _best_possible(sources: list[Source], settings: Artifacts,
         if 0 < label[:rows].sum() < rows:
             found[name] = {"logloss": logloss(logits[:rows], label[:rows]), "auc": auc(logits[:rows], label[:rows])}
     return found or None
+
+
+def _load_truth(file: Path) -> np.ndarray:
+    """Probabilities float32 [lines]; UserError where the file holds something else."""
+    try:
+        truth = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} cannot be read as probabilities: {error}") from error
+    if truth.dtype != np.float32 or not ((truth > 0.0) & (truth < 1.0)).all():
+        raise UserError(f"{file} holds no probabilities: float32 between 0 and 1 are needed, found {truth.dtype}")
+    return truth

@@ -21,6 +21,7 @@ from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
 
 BLOCK_BYTES = 1 << 20  # some 4,000 lines: larger arrays leave the cache and are mapped anew at each use
 MAX_LINE_BYTES = 1 << 20
+MAX_THREADS = 8  # each holds some 50 MB; the one thread that reads keeps no more of them busy
 GZIP_MAGIC = b"\x1f\x8b"
 Progress = Callable[[int, int], None]  # (lines, bytes of the files) since the last call
 
@@ -133,16 +134,17 @@ def read_blocks(
     seen: Callable[[Block], None] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[ParsedBlock]:
-    """All lines of all sources in order, parsed by as many threads as there are CPUs, a few blocks ahead.
+    """All lines of all sources in order, parsed by as many threads as there are CPUs, up to 8, a few blocks ahead.
 
     Args:
-        labelled: 40 columns (True) or 39 (False); None takes what the first line has.
+        labelled: 40 columns (True) or 39 (False); None: False if the first line has 39, else True.
         on_bad_line: "error" raises UserError with file, line and text; "skip" leaves the line out and counts it.
         seen: called with every block in the thread that parsed it, in no order.
     """
     if on_bad_line not in ("error", "skip"):
         raise ValueError(f"on_bad_line={on_bad_line!r}: choose error or skip")
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(cpus, MAX_THREADS)
     first_line = 0  # of the file, counted over all files
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[ParsedBlock]] = deque()
@@ -151,7 +153,7 @@ def read_blocks(
                 before = source.bytes_read
                 for text in source.blocks():
                     if labelled is None:
-                        labelled = text[:text.index(b"\n")].count(b"\t") + 1 == COLUMNS
+                        labelled = text[:text.index(b"\n")].count(b"\t") + 1 != COLUMNS - 1
                     count = text.count(b"\n")
                     here = source.lines - count
                     waiting.append(pool.submit(_parse, text, source.path, here, first_line + here, labelled,
