@@ -1,11 +1,11 @@
-# make train | test | bench | lint | gpu; each sets up .venv first if that is not done.
+# make train | test | bench | asan | lint | gpu; each sets up .venv first if that is not done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: setup train test bench lint gpu clean
+.PHONY: setup train test bench asan lint gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -30,6 +30,13 @@ test: setup
 
 bench: setup
 	@for script in $(sort $(wildcard bench/*.py)); do $(BIN)/python $$script || exit 1; done
+
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, through all parity tests.
+asan: setup
+	CTR_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=build/asan/lib $(BIN)/pytest tests/test_kernel_parity.py
 
 lint: setup
 	$(BIN)/ruff check .
