@@ -27,8 +27,9 @@ class FieldCounts:
         self._lock = threading.Lock()
         self._missing = np.zeros(NUM_DENSE + NUM_SPARSE, dtype=np.int64)
         self._exact = hash_bins <= _MAX_IDS
-        self._ids = np.zeros((NUM_SPARSE, min(hash_bins, _MAX_IDS)), dtype=np.bool_)
-        self._values = np.zeros((NUM_SPARSE, 1 << _MAP_BITS), dtype=np.bool_)
+        # Filled, because numpy then takes huge pages: faulting in small ones one by one costs more than all counting.
+        self._ids = np.full((NUM_SPARSE, min(hash_bins, _MAX_IDS)), False)
+        self._values = np.full((NUM_SPARSE, 1 << _MAP_BITS), False)
 
     def add(self, block: Block) -> None:
         """Count a block's rows; from several threads at once, since a map's cells only ever become true."""
@@ -48,7 +49,7 @@ class FieldCounts:
         missing = self._missing / max(self.rows, 1)
         found: dict[str, dict[str, Any]] = {name: {"missing": float(missing[i])} for i, name in enumerate(DENSE_NAMES)}
         for field, name in enumerate(SPARSE_NAMES):
-            ids = int(self._ids[field].sum()) if self._exact else _linear_count(self._ids[field])
+            ids = int(np.count_nonzero(self._ids[field])) if self._exact else _linear_count(self._ids[field])
             values = max(_linear_count(self._values[field]), ids)
             found[name] = {"missing": float(missing[NUM_DENSE + field]), "distinct_ids": ids,
                            "distinct_values": values, "collisions": values - ids}
@@ -57,5 +58,5 @@ class FieldCounts:
 
 def _linear_count(cells: np.ndarray) -> int:
     """About how many distinct values were thrown into the cells, bool [m], of which those hit are true."""
-    empty = max(len(cells) - int(cells.sum()), 1)
+    empty = max(len(cells) - int(np.count_nonzero(cells)), 1)
     return round(len(cells) * float(np.log(len(cells) / empty)))

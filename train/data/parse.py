@@ -14,7 +14,10 @@ TAB, NEWLINE, MINUS, ZERO = 9, 10, 45, 48
 COLUMNS = 1 + NUM_DENSE + NUM_SPARSE  # of a labelled file; an unlabelled one has one less
 MAX_DIGITS = 18  # of a number: what int64 surely holds
 HEX = 8  # characters of a categorical value, at most
-_BYTES = np.uint64(0x0101010101010101)
+_WORD = 8  # bytes of the words that fields are read in
+_FRONT = 3 * _WORD  # room for the words of a number of MAX_DIGITS
+_BYTES = np.uint64(0x0101010101010101)  # times a byte: that byte eight times
+_TOP_BITS = _BYTES * np.uint64(0x80)
 _SHOWN = 60  # characters of an offending text
 
 
@@ -89,7 +92,9 @@ def _shown(text: bytes) -> str:
 def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
     """The features, or None where anything breaks the format."""
     columns = COLUMNS if labelled else COLUMNS - 1
-    data = np.frombuffer(text + bytes(HEX), dtype=np.uint8)  # padded: words are read past the last field
+    # Padded, because words of 8 bytes are read that end where the first field does or begin where the last one does.
+    data = np.frombuffer(bytes(_FRONT) + text + bytes(_WORD), dtype=np.uint8)
+    words = np.ndarray(len(data) - _WORD + 1, dtype="<u8", buffer=data, strides=1)  # the 8 bytes from each position
     separators = np.flatnonzero((data == TAB) | (data == NEWLINE))
     if len(separators) % columns:
         return None
@@ -99,7 +104,7 @@ def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
         return None
     starts = np.empty_like(ends)
     starts.ravel()[1:] = separators[:-1] + 1
-    starts[:1, 0] = 0
+    starts[:1, 0] = _FRONT
     lengths = ends - starts
 
     first, label = int(labelled), None
@@ -108,11 +113,12 @@ def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
         if (lengths[:, 0] != 1).any() or (label > 1).any():
             return None
     numbers = slice(first, first + NUM_DENSE)
-    values = _integers(data, starts[:, numbers], ends[:, numbers], lengths[:, numbers])
+    negative = data[starts[:, numbers]] == MINUS
+    values = _integers(words, ends[:, numbers], lengths[:, numbers], negative)
     if values is None:
         return None
     strings = slice(first + NUM_DENSE, None)
-    hashes = _hashes(data, starts[:, strings], lengths[:, strings])
+    hashes = _hashes(words[starts[:, strings]], lengths[:, strings])
     if hashes is None:
         return None
     missing = lengths[:, strings] == 0
@@ -120,41 +126,55 @@ def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
                  missing)
 
 
-def _integers(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+def _integers(words: np.ndarray, ends: np.ndarray, lengths: np.ndarray, negative: np.ndarray) -> np.ndarray | None:
     """Decimal integers [n, 13], a missing one 0; None where something else stands."""
-    negative = (data[starts] == MINUS) & (lengths > 0)
     digits = lengths - negative
-    longest = int(digits.max(initial=0))
-    if longest > MAX_DIGITS or (digits[negative] == 0).any():
+    longest = digits.max(initial=0)
+    if longest > MAX_DIGITS or (negative & (digits == 0)).any():
         return None
-    values = np.zeros(lengths.shape, dtype=np.int64)
-    for i in range(longest):  # from the last digit on
-        present = digits > i
-        digit = np.where(present, data[ends - 1 - i] - np.uint8(ZERO), 0)
-        if (digit > 9).any():
+    values = _number(words[ends - _WORD], np.minimum(digits, _WORD))
+    if values is None:
+        return None
+    for done in range(_WORD, longest, _WORD):  # rare: 9 digits and more
+        row, column = np.nonzero(digits > done)
+        higher = _number(words[ends[row, column] - _WORD - done], np.minimum(digits[row, column] - done, _WORD))
+        if higher is None:
             return None
-        values += digit * np.int64(10**i)
+        values[row, column] += higher * 10**done
     return np.where(negative, -values, values)
 
 
-def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+def _number(words: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
+    """int64 of the last `digits` (0 to 8) of the 8 characters of each uint64; None where one of them is no digit.
+
+    Digits are added up in pairs, then the pairs in pairs, then those (Lemire, 2018: "Quickly parsing eight digits").
+    """
+    skipped = (8 * (_WORD - digits)).astype(np.uint64)  # bits; 64 of them leave 0, as numpy defines shifts
+    value = ((words ^ _BYTES * np.uint64(ZERO)) >> skipped) << skipped
+    if (((value + _BYTES * np.uint64(0x80 - 10)) | value) & _TOP_BITS).any():
+        return None
+    value = (value * np.uint64(10) + (value >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+    value = (value * np.uint64(100) + (value >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+    value = (value * np.uint64(10_000) + (value >> np.uint64(32))) & np.uint64(0x00000000FFFFFFFF)
+    return value.view(np.int64)
+
+
+def _hashes(words: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
     """FNV-1a states uint32 [n, 26] of lowercase hex strings of at most 8 characters; None where another stands."""
     if lengths.max(initial=0) > HEX:
         return None
-    words = np.ndarray(len(data) - HEX + 1, dtype="<u8", buffer=data, strides=1)[starts]  # 8 bytes from each start
     basis = np.array([fnv_basis(field) for field in range(NUM_SPARSE)], dtype=np.uint32)
-    state = np.broadcast_to(basis, lengths.shape)
     full = lengths == HEX
-    whole = full | (lengths == 0)
-    if not _is_hex(words[full]).all():
+    if not (_is_hex(words) | ~full).all():
         return None
-    for i in range(HEX):
-        state = fnv_step(state, ((words >> np.uint64(8 * i)) & np.uint64(0xFF)).astype(np.uint32))
+    state = basis
+    for half in (words.astype(np.uint32), (words >> np.uint64(32)).astype(np.uint32)):  # half as wide, twice as fast
+        for bits in range(0, 32, 8):
+            state = fnv_step(state, (half >> np.uint32(bits)) & np.uint32(0xFF))
     state = np.where(full, state, basis)
-    if not whole.all():  # rare: strings of 1 to 7 characters
-        row, column = np.nonzero(~whole)
-        length, word = lengths[row, column], words[row, column]
-        short = basis[column]
+    row, column = np.nonzero((lengths > 0) & ~full)
+    if len(row):  # rare: strings of 1 to 7 characters
+        length, word, short = lengths[row, column], words[row, column], basis[column]
         for i in range(HEX - 1):
             character = (word >> np.uint64(8 * i)) & np.uint64(0xFF)
             inside = i < length
@@ -167,12 +187,11 @@ def _hashes(data: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.nda
 
 def _is_hex(words: np.ndarray) -> np.ndarray:
     """Whether all 8 bytes of each uint64 are 0-9 or a-f: byte + (128 - bound) has its top bit set iff >= bound."""
-    low = words & (_BYTES * np.uint64(0x7F))
+    low = words & ~_TOP_BITS
 
     def at_least(bound: int) -> np.ndarray:
-        return low + _BYTES * np.uint64(128 - bound)
+        return low + _BYTES * np.uint64(0x80 - bound)
 
-    digit = at_least(ord("0")) & ~at_least(ord("9") + 1)
-    letter = at_least(ord("a")) & ~at_least(ord("f") + 1)
-    top = _BYTES * np.uint64(0x80)
-    return ((digit | letter) & ~words & top) == top
+    digit = at_least(ord("0")) ^ at_least(ord("9") + 1)
+    letter = at_least(ord("a")) ^ at_least(ord("f") + 1)
+    return ((digit | letter) & ~words & _TOP_BITS) == _TOP_BITS
