@@ -75,6 +75,14 @@ def test_the_table_of_options_is_complete_and_true(name):
         assert shown == real
 
 
+def test_make_has_the_targets():
+    makefile = (README.parent / "Makefile").read_text()
+    targets = set(re.findall(r"(?:^|`)make (?:\w+=\S+ )?([a-z]+)", TEXT, re.MULTILINE))
+    assert {"train", "test", "lint", "bench"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
 def test_the_table_of_backends_says_what_is_there():
     rows = dict(re.findall(r"^\| `(eager|native|triton)` \|.*\| (.*) \|$", TEXT, re.MULTILINE))
     missing = {name for name, operations in IMPLEMENTED.items() if not operations}
