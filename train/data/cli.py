@@ -15,7 +15,6 @@ from ..command import run_command
 from .inspect import inspect, report
 from .prepare import SPLITS, prepare
 from .protocol import GOLD_ROWS, HASH_BINS, VALID_RATIO
-from .synth import write_synthetic
 
 NAME = "ctr-data"
 LINE_SECONDS = 10.0  # between progress lines where stderr is no terminal
@@ -32,6 +31,8 @@ def command() -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="FILE or FILE.gz.")
 def synth_command(rows: int, seed: int, out: Path) -> None:
     """Write synthetic rows in the raw Criteo format; OUT.truth.npy keeps their true probabilities."""
+    from .synth import write_synthetic  # imports torch, for which the other commands need not wait
+
     with _meter(rows, "rows", "writing") as advance:
         truth = write_synthetic(out, rows=rows, seed=seed, progress=advance)
     click.echo(f"{out}: {rows:,} rows, label rate {truth.label_rate:.4f}; best possible logloss "

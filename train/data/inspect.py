@@ -6,9 +6,16 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import sha256
-from .artifacts import Artifacts
+from .artifacts import FILE, Artifacts
 from .prepare import SPLITS
 from .protocol import DENSE_NAMES, SPARSE_NAMES
+
+_SHOWN = (  # entries of artifacts.json that the report needs
+    *((table, split) for table in ("counts", "label_rate") for split in SPLITS),
+    *(("outputs", split, key) for split in SPLITS for key in ("file", "bytes", "sha256")),
+    *(("fields", name, "missing") for name in (*DENSE_NAMES, *SPARSE_NAMES)),
+    *(("fields", name, key) for name in SPARSE_NAMES for key in ("distinct_ids", "distinct_values", "collisions")),
+)
 
 
 def inspect(directory: Path | str) -> dict[str, Any]:
@@ -17,18 +24,27 @@ def inspect(directory: Path | str) -> dict[str, Any]:
     Raises UserError where artifacts.json is missing or damaged, or a file is missing or differs.
     """
     artifacts = Artifacts.load(directory)
+    found = artifacts.to_dict()
+    for keys in _SHOWN:
+        _check_entry(found, keys, directory)
     for name in SPLITS:
-        expected = artifacts.outputs.get(name)
-        if expected is None:
-            raise UserError(f"{directory}: artifacts.json names no {name} file")
+        expected = artifacts.outputs[name]
         path = Path(directory) / expected["file"]
         if not path.exists():
             raise UserError(f"{path} does not exist, though artifacts.json names it")
-        found = sha256(path)
-        if found != expected["sha256"]:
-            raise UserError(f"{path} has the SHA-256 {found}, artifacts.json says {expected['sha256']}: the file was "
-                            "changed; prepare it again")
-    return artifacts.to_dict()
+        checksum = sha256(path)
+        if checksum != expected["sha256"]:
+            raise UserError(f"{path} has the SHA-256 {checksum}, artifacts.json says {expected['sha256']}: the file "
+                            "was changed; prepare it again")
+    return found
+
+
+def _check_entry(content: Any, keys: tuple[str, ...], directory: Path | str) -> None:
+    """UserError unless content[key][key]... is there."""
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise UserError(f"{Path(directory) / FILE} has no entry {'.'.join(keys)}: it is damaged; prepare again")
+        content = content[key]
 
 
 def report(found: dict[str, Any]) -> str:

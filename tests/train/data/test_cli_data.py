@@ -212,6 +212,7 @@ def test_too_few_lines_for_a_validation_split(ctr_data, tmp_path, lines):
     (b"", "cannot be read as JSON"),
     (b"{}", "lack"),
     (b"\xff\xfe", "cannot be read as JSON"),
+    (json.dumps(Artifacts().to_dict()).encode(), "has no entry counts.train"),
 ])
 def test_inspect_of_damaged_artifacts(ctr_data, tmp_path, content, words):
     (tmp_path / "data").mkdir()
