@@ -28,7 +28,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @click.command()
-@click.option("--rows", type=click.IntRange(min=1000), default=200_000, show_default=True, help="Synthetic rows.")
+@click.option("--rows", type=click.IntRange(min=1000), default=500_000, show_default=True, help="Synthetic rows.")
 @click.option("--input", "raw", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="A raw labelled file, not compressed, in their place.")
 @bench_options
@@ -53,7 +53,7 @@ def prepare_time(raw: Path, out: Path, settings: Settings) -> list[Row]:
         "line by line": lambda: line_by_line(raw),
     })
     slow = chosen.pop("line by line", None)
-    timings = measure_pairs(chosen, rounds=10, warmup=1)
+    timings = measure_pairs(chosen, rounds=7, warmup=1)
     if slow is not None:  # one round is enough: it takes a hundred times as long
         timing = measure_pairs({"line by line": slow}, rounds=1)["line by line"]
         ours = timings.get("ours")

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .artifacts import Artifacts
 from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
 
-BLOCK_BYTES = 1 << 20  # some 4,000 lines: larger arrays leave the cache and are mapped anew at each use
+BLOCK_BYTES = 1 << 19  # some 2,000 lines: larger arrays leave the cache and are mapped anew at each use
 MAX_LINE_BYTES = 1 << 20
 MAX_THREADS = 8  # each holds some 50 MB; the one thread that reads keeps no more of them busy
 GZIP_MAGIC = b"\x1f\x8b"
