@@ -17,6 +17,7 @@ constexpr int64_t kHead = kMax * kMax;
 
 struct alignas(64) AttentionScratch {
   float transposed[kHead], p[kHead], dp[kHead], mask[kHead];
+  float inverse[kMax];
   float q[kHead], k[kHead], v[kHead], go[kHead];                // bf16 inputs as fp32
   float out[kHead], dq[kHead], dk[kHead], dv[kHead];            // bf16 outputs before rounding
 };
@@ -64,9 +65,10 @@ __attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& ar
     }
 }
 
-// Rows of p [fields, NV * W] become softmax probabilities; columns from `fields` on become 0.
-template <int NV>
-void softmax_rows(float* p, int64_t fields) {
+// Rows of p [fields, NV * W] become exp(x - max), columns from `fields` on 0; inverse[r] = 1 / the row's sum. With
+// kNormalise they become the softmax itself. Without, nothing waits for the division.
+template <int NV, bool kNormalise>
+void softmax_rows(float* p, int64_t fields, float* inverse) {
   const IVec column = lane_index() + (NV - 1) * W;
   for (int64_t r = 0; r < fields; ++r) {
     float* row = p + r * NV * W;
@@ -81,15 +83,15 @@ void softmax_rows(float* p, int64_t fields) {
       x[i] = exp2_nonpositive((x[i] - top) * kLog2e);
       sum += x[i];
     }
-    const Vec inverse = 1.0f / sum_lanes(sum);
-    for (int i = 0; i < NV; ++i) store(row + i * W, x[i] * inverse);
+    inverse[r] = 1.0f / sum_lanes(sum)[0];  // NaN if any logit is
+    for (int i = 0; i < NV; ++i) store(row + i * W, kNormalise ? x[i] * inverse[r] : x[i]);
   }
 }
 
-template <int NV = kMax / W>
-void softmax(float* p, int64_t fields, int64_t vectors) {
-  if (vectors == NV) return softmax_rows<NV>(p, fields);
-  if constexpr (NV > 1) softmax<NV - 1>(p, fields, vectors);
+template <bool kNormalise, int NV = kMax / W>
+void softmax(float* p, int64_t fields, int64_t vectors, float* inverse) {
+  if (vectors == NV) return softmax_rows<NV, kNormalise>(p, fields, inverse);
+  if constexpr (NV > 1) softmax<kNormalise, NV - 1>(p, fields, vectors, inverse);
 }
 
 // Rows of p and dp [fields, NV * W] become P * M and dS; without dropout p stays as it is.
@@ -119,14 +121,16 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t mask_pitch, 
   if constexpr (NV > 1) score_gradient<NV - 1>(p, dp, mask, mask_pitch, fields, scale, vectors);
 }
 
-// s.p = softmax(scale Q K^T), pitch = fields rounded up to W; s.mask with pitch 32 * groups where dropping.
-inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
+// s.p and s.inverse as softmax_rows leaves them for scale Q K^T, pitch = fields rounded up to W; s.mask with pitch
+// 32 * groups where dropping.
+template <bool kNormalise>
+void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
                           int64_t pitch, AttentionScratch& s) {
   const int64_t fields = args.fields;
   transpose_block(k.data, k.stride, fields, args.head_dim, s.transposed, pitch);
   gemm<Layout::rows>(fields, pitch, args.head_dim, q.data, q.stride, s.transposed, pitch,
                      StoreScaled{s.p, pitch, args.scale});
-  softmax(s.p, fields, pitch / W);
+  softmax<kNormalise>(s.p, fields, pitch / W, s.inverse);
   if (args.dropout.threshold == 0) return;
   const int64_t groups = (fields + 31) / 32, first = (sample * args.heads + head) * fields * groups;
   for (int64_t group = 0; group < groups; ++group)
@@ -137,14 +141,15 @@ inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head
   const int64_t fields = args.fields, pitch = (fields + W - 1) / W * W;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), out = output(args, args.out, sample, head, s.out);
-  probabilities(args, q, k, sample, head, pitch, s);
+  probabilities<false>(args, q, k, sample, head, pitch, s);
   if (args.dropout.threshold != 0) {
     const int64_t mask_pitch = (fields + 31) / 32 * 32;
     for (int64_t r = 0; r < fields; ++r)
       for (int64_t c = 0; c < pitch; c += W)
         store(s.p + r * pitch + c, load(s.p + r * pitch + c) * load(s.mask + r * mask_pitch + c));
   }
-  gemm<Layout::rows>(fields, args.head_dim, fields, s.p, pitch, v.data, v.stride, Store{out.data, out.stride});
+  gemm<Layout::rows>(fields, args.head_dim, fields, s.p, pitch, v.data, v.stride,
+                     StoreRowScaled{out.data, out.stride, s.inverse});
   flush(args, args.out, sample, head, out);
 }
 
@@ -154,7 +159,7 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   const View v = input(args, args.v, sample, head, s.v), go = input(args, args.grad_out, sample, head, s.go);
   const View dq = output(args, args.dq, sample, head, s.dq), dk = output(args, args.dk, sample, head, s.dk);
   const View dv = output(args, args.dv, sample, head, s.dv);
-  probabilities(args, q, k, sample, head, pitch, s);
+  probabilities<true>(args, q, k, sample, head, pitch, s);
   transpose_block(v.data, v.stride, fields, width, s.transposed, pitch);
   gemm<Layout::rows>(fields, pitch, width, go.data, go.stride, s.transposed, pitch, Store{s.dp, pitch});
   score_gradient(s.p, s.dp, args.dropout.threshold ? s.mask : nullptr, (fields + 31) / 32 * 32, fields, args.scale,

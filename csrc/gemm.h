@@ -26,6 +26,12 @@ struct StoreScaled {
   float scale;
   void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum * scale); }
 };
+struct StoreRowScaled {
+  float* out;
+  int64_t pitch;
+  const float* scale;  // of each row
+  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum * scale[m]); }
+};
 struct Add {
   float* out;
   int64_t pitch;

@@ -1,9 +1,5 @@
 // Dropout multipliers drawn as ctr_kernels/philox.py defines them, many counters at a time.
 #pragma once
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
 #include "simd.h"
 

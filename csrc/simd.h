@@ -2,6 +2,10 @@
 // Included once by each isa_*.cpp, which sets CTR_ISA (a namespace) and CTR_WIDTH; everything here lives in that
 // namespace, so that code compiled for one instruction set is never linked into another.
 #pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -18,8 +22,18 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
 
-// The larger element; NaN where b is NaN.
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+// The larger element; b where either is NaN. GCC does not make one instruction of the comparison and the choice.
+inline Vec vmax(Vec a, Vec b) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif CTR_WIDTH == 8 && defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif CTR_WIDTH == 4 && defined(__SSE__)
+  return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline IVec lane_index() {
   IVec lanes;
@@ -44,17 +58,13 @@ inline Vec permute(Vec a, IVec index) { return __builtin_shuffle(a, index); }
 inline Vec permute(Vec a, Vec b, IVec index) { return __builtin_shuffle(a, b, index); }
 #endif
 
-// Sum and maximum over the lanes, in every lane.
+// Sum and maximum over the lanes, in every lane; a NaN reaches the sum, not always the maximum.
 inline Vec sum_lanes(Vec v) {
   for (int bit = 1; bit < W; bit <<= 1) v += permute(v, lane_index() ^ bit);
   return v;
 }
 inline Vec max_lanes(Vec v) {
-  for (int bit = 1; bit < W; bit <<= 1) {
-    const Vec other = permute(v, lane_index() ^ bit);
-    v = vmax(v, other);
-    v = other != other ? other : v;  // a NaN in any lane reaches all
-  }
+  for (int bit = 1; bit < W; bit <<= 1) v = vmax(v, permute(v, lane_index() ^ bit));
   return v;
 }
 
