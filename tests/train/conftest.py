@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ctr_train.data.prepare import prepare
+from ctr_train.data.synth import write_synthetic
+
 ROWS, HASH_BINS, GOLD_ROWS = 6000, 1000, 200
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of 6,000 synthetic rows as `ctr-data` makes it; gold rows are the first 200 validation rows."""
-    from ctr_train.data.prepare import prepare
-    from ctr_train.data.synth import write_synthetic
-
     directory = tmp_path_factory.mktemp("data")
     write_synthetic(directory / "raw.tsv", rows=ROWS, seed=1)
     prepare([directory / "raw.tsv"], directory / "prepared", hash_bins=HASH_BINS, valid_ratio=0.1,

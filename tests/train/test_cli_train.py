@@ -25,7 +25,7 @@ from ctr_train.evaluate import gold_report
 from ctr_train.recipes import HYPERPARAMETERS, resolve_recipe
 from ctr_train.runlog import read_log, rows_per_second
 
-QUICK = ("--model", "dcnv2", "--batch-size", "64", "--device", "cpu", "--threads", "1")
+QUICK = ("--model", "dcnv2", "--batch-size", "64", "--lr", "0.001", "--device", "cpu", "--threads", "1")
 COMMAND = [sys.executable, "-m", "ctr_train.cli_train"]
 
 
@@ -67,7 +67,7 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_result(finished, prepared
     assert sorted(path.name for path in directory.iterdir()) == [
         "artifacts.json", "best.pt", "config.json", "gold.json", "last.pt", "metrics.jsonl"]
     config, gold, log = read(directory / "config.json"), read(directory / "gold.json"), read_log(directory)
-    expected = resolve_recipe("default", "dcnv2", {"batch_size": 64, "eval_every": 30})
+    expected = resolve_recipe("default", "dcnv2", {"batch_size": 64, "lr": 0.001, "eval_every": 30})
     assert {name: config[name] for name in HYPERPARAMETERS} == expected
     assert (config["model"], config["recipe"], config["seed"], config["threads"]) == ("dcnv2", "default", 3, 1)
     assert config["data"] == str(prepared) and config["device"] == "cpu"
@@ -142,7 +142,7 @@ def test_on_a_terminal_progress_is_a_bar(prepared, tmp_path):
 
 
 def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(prepared, tmp_path, ctr_train):
-    arguments = (*QUICK, "--data", prepared, "--epochs", "8", "--eval-every", "100", "--dropout", "0.3")
+    arguments = (*QUICK, "--data", prepared, "--epochs", "4", "--eval-every", "100", "--dropout", "0.3")
     with subprocess.Popen([*COMMAND, *map(str, arguments), "--out", "run"], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         log = tmp_path / "run" / "metrics.jsonl"

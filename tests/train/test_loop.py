@@ -35,13 +35,22 @@ class StopAfter(Interrupt):
 NEVER = 10**9
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Batches this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make_trainer(prepared, tmp_path):
     """(directory name, **settings) -> a trainer as `run.py` makes it, and its StopAfter."""
     loaders = []
 
     def make(name: str, *, stop_after: int = NEVER, model: str = "ft", steps: int = STEPS, **settings) -> tuple:
-        hyperparameters = {"batch_size": 32, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
+        hyperparameters = {"batch_size": 32, "lr": 1e-3, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
         config = {
             "model": model, **resolve_recipe("default", model, {**hyperparameters, **settings}), "kernels": "auto",
             "hash_bins": 1000, "total_steps": steps, "steps_in_epoch": steps,
