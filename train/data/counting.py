@@ -37,7 +37,7 @@ class FieldCounts:
         with self._lock:
             self.rows += len(block.sparse)
             self._missing += missing
-        ids = block.sparse if self._exact else block.sparse % _MAX_IDS
+        ids = block.sparse if self._exact else _mix(block.sparse.view(np.uint32)) % np.uint32(_MAX_IDS)
         ids = ids.T.astype(np.intp)  # contiguous by field: its map then stays in the cache
         cells = ((block.values * _MIX) >> np.uint32(32 - _MAP_BITS)).T.astype(np.intp)
         for field in range(NUM_SPARSE):
@@ -54,6 +54,13 @@ class FieldCounts:
             found[name] = {"missing": float(missing[NUM_DENSE + field]), "distinct_ids": ids,
                            "distinct_values": values, "collisions": values - ids}
         return found
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """uint32 -> uint32, one to one, as if at random (the finaliser of MurmurHash3, Appleby): no pattern is left."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        values = (values ^ (values >> np.uint32(shift))) * np.uint32(factor)
+    return values ^ (values >> np.uint32(16))
 
 
 def _linear_count(cells: np.ndarray) -> int:
