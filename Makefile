@@ -15,7 +15,7 @@ $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt setuptools wheel numpy pyarrow click tqdm matplotlib \
-		pytest hypothesis scikit-learn rtdl_revisiting_models ruff
+		pytest hypothesis scikit-learn rtdl_revisiting_models ruff "triton; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
