@@ -66,10 +66,12 @@ HYPERPARAMETERS = tuple(f.name for f in fields(Recipe) if f.name != "by_model")
 def resolve_recipe(name: str, model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Every hyperparameter of a run: the recipe's, the recipe's for that model, then overrides that are not None.
 
-    Raises UserError for an unknown recipe and for values out of range.
+    Raises UserError for an unknown recipe, for values out of range and for a pooling of a model that has none.
     """
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    if model != "ft" and overrides.get("pooling") is not None:
+        raise UserError(f"--pooling {overrides['pooling']}: the model {model} has no choice of pooling, only ft has")
     recipe = RECIPES[name]
     given = {key: value for key, value in overrides.items() if value is not None}
     resolved = replace(recipe, **{**recipe.by_model.get(model, {}), **given})

@@ -146,6 +146,7 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
         click.echo(f"interrupted after step {trainer.step:,} of {trainer.total_steps:,}, which is saved; go on with: "
                    f"ctr-train --resume --out {directory}", err=True)
         return 130
+    click.echo(f"evaluating on {gold.rows:,} gold rows", err=True)
     _evaluate_gold(directory, trainer, data)
     click.echo(result_table(directory))
     return 0

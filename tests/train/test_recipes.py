@@ -52,6 +52,12 @@ def test_values_out_of_range_are_quoted_with_their_option(override, message):
         resolve_recipe("default", "ft", override)
 
 
+def test_pooling_is_not_ignored_for_models_without():
+    assert resolve_recipe("default", "ft", {"pooling": "mean"})["pooling"] == "mean"
+    with pytest.raises(UserError, match="--pooling mean: the model autoint has no choice of pooling"):
+        resolve_recipe("default", "autoint", {"pooling": "mean"})
+
+
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(UserError, match="recipe 'best': choose one of baseline-v1, default, demo"):
         resolve_recipe("best", "ft", {})
