@@ -1,0 +1,212 @@
+"""Row updates of an embedding table in Triton: duplicates summed, each touched row read and written once.
+
+The lookup needs no kernel of its own: `F.embedding(ids, weight, sparse=True)` reads the ids and n rows and writes n
+rows, 8 n + 2 n r bytes (r = bytes of a row), which is its floor; and its gradient is the pair (ids, rows) itself,
+made from views without a kernel.
+
+The update of n (id, row) pairs, U ids of them distinct, has a data-dependent shape only on paper:
+
+1. The ids, narrowed to int32 where the table allows it, are sorted with their positions (stable, so that the order
+   of every sum is fixed). Equal ids now form runs. This depends on ids alone.
+2. `_chunk_kernel`: a program takes CHUNK sorted positions whatever the runs are, gathers their rows tile by tile,
+   and sums each run by a segmented scan: the join of (sum a, flag) and (sum b, flag) is b where b starts a run, else
+   a + b. A run that lies inside the chunk is finished, and its row is updated at once. The (at most two) others are
+   parts of runs that cross the chunk's ends: their sums go to `partial`, [chunks, 2, dim]: slot 0 for the run that
+   began in an earlier chunk, slot 1 for the run that begins here and goes on.
+3. `_close_kernel`: the program of the chunk in which such a run begins adds slot 1 of its own chunk and slot 0 of all
+   following chunks of the run, and updates the row.
+
+No atomics, no host synchronisation, shapes and grids that depend on n alone: the result is deterministic and a CUDA
+graph can hold it. Skew costs little: with one id for the whole batch the first kernel does what it always does, and
+the second adds n / CHUNK sums in one program; a run of a field, n <= batch, is at most batch / CHUNK sums.
+
+Traffic next to the floor, n = 106,496 uniform ids on 2M rows of 64 fp32 (U = 103,700, r = 256):
+    gradient rows   n r            27.3 MB    floor, read once
+    table rows      2 U r          53.1 MB    floor, read and written once (rowwise Adagrad: and 8 U bytes of state)
+    sorted ids      12 n            1.3 MB    (4 + 8 for the positions; neighbours come from the cache)
+    partial sums    <= 4 n r / CHUNK   1.7 MB if every chunk's ends are crossed, 0.1 MB at uniform ids
+3 n dim + 2 U dim FLOP = 34 MFLOP: far below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB, comes
+on top.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 64  # sorted positions of a program
+
+# Launch configurations of the first kernel by padded row width: (positions of a tile, warps). One row lies within as
+# few warps as 16-byte loads allow, so that the scan over positions needs shuffles only, no shared memory.
+TILES = {16: (32, 1), 32: (32, 1), 64: (16, 1), 128: (8, 1), 256: (8, 2), 512: (8, 4), 1024: (8, 8), 2048: (4, 16)}
+MAX_DIM = max(TILES)
+CLOSE_WARPS = 4
+CLOSE_ELEMENTS = 4096  # of a tile of partial sums
+
+
+@triton.jit
+def _join(left, left_starts, right, right_starts):
+    """The sum up to the end of two neighbouring pieces: of the right one alone where a run starts in it."""
+    return tl.where(right_starts, right, left + right), left_starts | right_starts
+
+
+@triton.jit
+def _update_rows(weight, state, ids, grad, chosen, lr, eps, num_rows, weight_stride,
+                 DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr, LR_IS_TENSOR: tl.constexpr):
+    """Apply grad [R, BLOCK_D] to the rows ids [R] of the table where chosen [R]."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    chosen = chosen & (ids >= 0) & (ids < num_rows)  # nothing outside the table is ever touched
+    mask = chosen[:, None] & (columns < DIM)
+    pointers = weight + ids.to(tl.int64)[:, None] * weight_stride + columns  # [R, BLOCK_D]
+    row = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    rate = tl.load(lr).to(tl.float32) if LR_IS_TENSOR else lr
+    if ADAGRAD:
+        sums = tl.load(state + ids, mask=chosen, other=0.0)  # [R]
+        sums += tl.sum(grad * grad, 1) / DIM
+        tl.store(state + ids, sums, mask=chosen)
+        step = grad * tl.div_rn(rate, tl.sqrt_rn(sums) + eps)[:, None]
+    else:
+        step = grad * rate
+    tl.store(pointers, (row - step).to(weight.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _chunk_kernel(
+    weight,  # [num_rows, DIM], rows weight_stride apart
+    state,  # [num_rows] fp32, or None without ADAGRAD
+    sorted_ids,  # [n] int32 or int64
+    order,  # [n] int64: sorted_ids[i] = ids[order[i]]
+    rows,  # [n, DIM], rows rows_stride apart
+    partial,  # [chunks, 2, DIM] fp32
+    lr,  # fp32, or a pointer to one
+    eps,
+    n,
+    num_rows,
+    weight_stride,
+    rows_stride,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    ADAGRAD: tl.constexpr,
+    LR_IS_TENSOR: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    sorted_ids += chunk * CHUNK
+    order += chunk * CHUNK
+    left = tl.minimum(n - chunk * CHUNK, CHUNK + 1).to(tl.int32)  # positions from here on, one beyond the chunk counted
+    before = tl.load(sorted_ids - 1, mask=chunk > 0, other=-1)  # no id is -1
+    after = tl.load(sorted_ids + CHUNK, mask=left > CHUNK, other=-1)
+    position = tl.arange(0, TILE)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    inside_row = columns < DIM
+    carry = tl.zeros([1, BLOCK_D], tl.float32)  # the sum of the run so far that reaches into the tile
+    carried = before
+    for start in range(0, CHUNK, TILE):
+        at = start + position  # [TILE]
+        inside = at < left
+        ids = tl.load(sorted_ids + at, mask=inside, other=-1)
+        previous = tl.load(sorted_ids + at - 1, mask=inside & ((chunk > 0) | (at > 0)), other=-1)
+        following = tl.load(sorted_ids + at + 1, mask=at + 1 < left, other=-1)
+        source = tl.load(order + at, mask=inside, other=0)
+        grad = tl.load(rows + source[:, None] * rows_stride + columns, mask=inside[:, None] & inside_row, other=0.0)
+        grad = grad.to(tl.float32)  # [TILE, BLOCK_D]
+        starts = tl.broadcast_to((ids != previous)[:, None], [TILE, BLOCK_D])
+        grad, starts = tl.associative_scan((grad, starts), 0, _join)
+        grad += tl.where((ids == carried)[:, None], carry, 0.0)
+        carry = tl.sum(tl.where((position == TILE - 1)[:, None], grad, 0.0), 0, keep_dims=True)
+        carried = tl.load(sorted_ids + start + TILE - 1, mask=start + TILE <= left, other=-1)
+        began = ids == before
+        crosses = began | (ids == after)
+        ends = inside & ((ids != following) | (at == CHUNK - 1))
+        _update_rows(weight, state, ids, grad, ends & ~crosses, lr, eps, num_rows, weight_stride, DIM, BLOCK_D,
+                     ADAGRAD, LR_IS_TENSOR)
+        slot = 2 * chunk + tl.where(began, 0, 1)
+        tl.store(partial + slot[:, None] * DIM + columns, grad, mask=(ends & crosses)[:, None] & inside_row)
+
+
+@triton.jit
+def _close_kernel(
+    weight,  # [num_rows, DIM], rows weight_stride apart
+    state,  # [num_rows] fp32, or None without ADAGRAD
+    sorted_ids,  # [n] int32 or int64
+    partial,  # [chunks, 2, DIM] fp32
+    lr,  # fp32, or a pointer to one
+    eps,
+    chunks,
+    num_rows,
+    weight_stride,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    ADAGRAD: tl.constexpr,
+    LR_IS_TENSOR: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)  # one of all but the last
+    before = tl.load(sorted_ids + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
+    last = tl.load(sorted_ids + chunk * CHUNK + CHUNK - 1)
+    after = tl.load(sorted_ids + chunk * CHUNK + CHUNK)
+    if (last == after) & (last != before):
+        columns = tl.arange(0, BLOCK_D)[None, :]
+        total = tl.load(partial + (2 * chunk + 1) * DIM + columns, mask=columns < DIM, other=0.0)  # [1, BLOCK_D]
+        tile = chunk + 1
+        goes_on = True
+        while goes_on:
+            at = tile + tl.arange(0, TILE)
+            first = tl.load(sorted_ids + at * CHUNK, mask=at < chunks, other=-1)
+            mask = ((at < chunks) & (first == last))[:, None] & (columns < DIM)
+            total += tl.sum(tl.load(partial + 2 * at[:, None] * DIM + columns, mask=mask, other=0.0), 0, keep_dims=True)
+            tile += TILE
+            goes_on = (tile < chunks) & (tl.load(sorted_ids + tile * CHUNK, mask=tile < chunks, other=-1) == last)
+        ids = last + tl.zeros([1], last.dtype)
+        _update_rows(weight, state, ids, total, ids == last, lr, eps, num_rows, weight_stride, DIM, BLOCK_D,
+                     ADAGRAD, LR_IS_TENSOR)
+
+
+def _sort(ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sorted ids, their positions) of ids [n]; half the radix passes where int32 holds every row number."""
+    keys = ids.to(torch.int32) if num_rows < 2**31 else ids.long()
+    return torch.sort(keys, stable=True)
+
+
+def _update(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor,
+            lr: float | torch.Tensor, eps: float) -> None:
+    """Both kernels; ids outside the table, which the lookup has refused, are left out."""
+    num_rows, dim = weight.shape
+    if dim > MAX_DIM:
+        raise ValueError(f"rows of {dim} elements: kernels='triton' updates rows of at most {MAX_DIM}; "
+                         "kernels='eager' takes any")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"the table has dtype {weight.dtype}; kernels='triton' updates float32, bfloat16 and float16, "
+                        "kernels='eager' any")
+    if weight.stride(1) != 1 and dim > 1:
+        raise ValueError(f"the table has strides {weight.stride()}; kernels='triton' needs rows without gaps")
+    n = ids.numel()
+    if n == 0:
+        return
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    if isinstance(lr, torch.Tensor) and lr.device != weight.device:
+        lr = lr.item()  # on the host already: no synchronisation
+    sorted_ids, order = _sort(ids, num_rows)
+    chunks, block = triton.cdiv(n, CHUNK), max(16, triton.next_power_of_2(dim))
+    partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
+    tile, warps = TILES[block]
+    flags = (state is not None, isinstance(lr, torch.Tensor))
+    _chunk_kernel[(chunks,)](weight, state, sorted_ids, order, rows, partial, lr, eps, n, num_rows, weight.stride(0),
+                             rows.stride(0), dim, block, CHUNK, tile, *flags, num_warps=warps)
+    if chunks > 1:
+        _close_kernel[(chunks - 1,)](weight, state, sorted_ids, partial, lr, eps, chunks, num_rows, weight.stride(0),
+                                     dim, block, CHUNK, CLOSE_ELEMENTS // block, *flags, num_warps=CLOSE_WARPS)
+    for written in (weight,) if state is None else (weight, state):
+        torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
+
+
+def sgd_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, lr: float | torch.Tensor) -> None:
+    """`sgd_reference`, in place."""
+    _update(weight, None, ids, rows, lr, 0.0)
+
+
+def rowwise_adagrad_triton(weight: torch.Tensor, state: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor,
+                           lr: float | torch.Tensor, eps: float) -> None:
+    """`rowwise_adagrad_reference`, in place."""
+    _update(weight, state, ids, rows, lr, eps)
