@@ -1,17 +1,12 @@
-"""The contract of every fused kernel: as exact as PyTorch in the same dtype, measured against the formula in fp64.
-
-A kernel passes if its error is at most twice that of the eager reference in the same dtype, plus four units in the
-last place of the largest element, or of 1. Memory that kernels allocate is filled with NaN first, so that an element
-that is not written is seen.
-"""
+"""The contract of every fused kernel: as exact as PyTorch in the same dtype (the rule: tests/parity.py)."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parity import SEED, Tensors, assert_parity, check, ffn_inputs, with_gradients
 
 from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD, ffn, field_attention
 from ctr_kernels.attention.reference import field_attention_reference
@@ -20,42 +15,8 @@ from ctr_kernels.philox import dropout_mask_torch
 from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sgd_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
-SEED = 0x1234_5678_9ABC_DEF0
-Tensors = list[torch.Tensor]
 
 properties = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def assert_parity(found: Tensors, eager: Tensors, exact: Tensors) -> None:
-    """The parity rule, for every output and gradient."""
-    for i, (f, e, x) in enumerate(zip(found, eager, exact, strict=True)):
-        assert f.shape == x.shape and f.dtype == e.dtype, f"tensor {i}: {f.dtype} {tuple(f.shape)}"
-        if not x.numel():
-            continue
-        assert torch.isfinite(f).all(), f"tensor {i}: not finite, or not written"
-        error, eager_error = ((t.double() - x).abs().max().item() for t in (f, e))
-        floor = 4 * torch.finfo(torch.float32).eps * max(1.0, x.abs().max().item())
-        assert error <= 2 * eager_error + floor, f"tensor {i}: error {error:.3g}, eager {eager_error:.3g}"
-
-
-def with_gradients(function: Callable[..., torch.Tensor], inputs: Tensors, grad_out: torch.Tensor) -> Tensors:
-    """Output and gradients of all inputs, the memory of kernels filled with NaN."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        out = function(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def check(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torch.Tensor) -> None:
-    """Kernel, eager reference and fp64 reference on the same inputs."""
-    assert_parity(
-        with_gradients(kernel, inputs, grad_out),
-        with_gradients(reference, inputs, grad_out),
-        with_gradients(reference, [x.double() for x in inputs], grad_out.double()),
-    )
 
 
 def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
@@ -126,12 +87,6 @@ def test_attention_drops_the_elements_of_the_specification(fused: str, fields: i
                           kernels=fused)
     kept = out.view(3, fields, 2, 64)[..., :fields].transpose(1, 2).reshape(rows, fields) != 0
     assert torch.equal(kept, dropout_mask_torch(rows, fields, 0.3, torch.tensor([SEED])))
-
-
-def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
-    shapes = [(tokens, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
-    return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0)).to(dtype)
-            for i, shape in enumerate(shapes)]
 
 
 def check_ffn(kernels: str, inputs: Tensors, activation: str, dropout_p: float = 0.0) -> None:

@@ -1,0 +1,51 @@
+"""The rule by which fused kernels pass: at most twice the error of PyTorch in the same dtype, measured in fp64.
+
+A kernel passes if its error is at most twice that of the eager reference in the same dtype, plus four units in the
+last place of the largest element, or of 1. Memory that kernels allocate is filled with NaN first, so that an element
+that is not written is seen.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+SEED = 0x1234_5678_9ABC_DEF0
+Tensors = list[torch.Tensor]
+
+
+def assert_parity(found: Tensors, eager: Tensors, exact: Tensors) -> None:
+    """The parity rule, for every output and gradient."""
+    for i, (f, e, x) in enumerate(zip(found, eager, exact, strict=True)):
+        assert f.shape == x.shape and f.dtype == e.dtype, f"tensor {i}: {f.dtype} {tuple(f.shape)}"
+        if not x.numel():
+            continue
+        assert torch.isfinite(f).all(), f"tensor {i}: not finite, or not written"
+        error, eager_error = ((t.double() - x).abs().max().item() for t in (f, e))
+        floor = 4 * torch.finfo(torch.float32).eps * max(1.0, x.abs().max().item())
+        assert error <= 2 * eager_error + floor, f"tensor {i}: error {error:.3g}, eager {eager_error:.3g}"
+
+
+def with_gradients(function: Callable[..., torch.Tensor], inputs: Tensors, grad_out: torch.Tensor) -> Tensors:
+    """Output and gradients of all inputs, the memory of kernels filled with NaN."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torch.Tensor) -> None:
+    """Kernel, eager reference and fp64 reference on the same inputs."""
+    assert_parity(
+        with_gradients(kernel, inputs, grad_out),
+        with_gradients(reference, inputs, grad_out),
+        with_gradients(reference, [x.double() for x in inputs], grad_out.double()),
+    )
+
+
+def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
+    shapes = [(tokens, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+    return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0)).to(dtype)
+            for i, shape in enumerate(shapes)]
