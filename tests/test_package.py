@@ -124,4 +124,4 @@ def test_constraints_pin_one_version_for_every_python() -> None:
     only_before = {"exceptiongroup", "six", "tomli"}  # which other packages need on Python 3.10 alone
     for name, markers in pins.items():
         assert sorted(markers, key=str) in ([[None], ["<", ">="]] if name not in only_before else [["<"]]), name
-    assert pins["torch"] == [None]
+    assert {"torch==2.13.0", "triton==3.7.1"} <= set(lines)  # that torch for CUDA requires exactly that Triton
