@@ -8,7 +8,7 @@ nobody could learn it. The teacher never changes, so that data of several seeds 
 
 import numpy as np
 
-from .synth_features import CATEGORIES, HeavyTail, rank_distribution
+from .synth_features import CATEGORIES, rank_distribution
 
 BIAS = -2.654  # gives the label rate 0.256
 HEAD = 100  # a field's most frequent values, which have effects
@@ -19,8 +19,7 @@ MAIN = {
     "C17": (.3, .2), "C18": (.2, .1), "C20": (.3, .2), "C22": (.2, .1), "C23": (.3, .2), "C25": (.3, .2),
 }
 # Standard deviation of an effect of each value of its own, of fields without interactions.
-OWN = {"C3": .15, "C4": .15, "C7": .15, "C10": .15, "C11": .15, "C12": .15, "C13": .15, "C15": .15, "C16": .15,
-       "C19": .15, "C21": .15, "C24": .15, "C26": .15}
+OWN = dict.fromkeys(("C3", "C4", "C7", "C10", "C11", "C12", "C13", "C15", "C16", "C19", "C21", "C24", "C26"), .15)
 # Numbers: an effect of log1p(max(x, 0)), missing as 0; and the first value of the upper half, whose sign is positive.
 SLOPE = {"I1": .15, "I3": .06, "I4": -.08, "I6": -.1, "I7": .1, "I8": .05, "I11": .2, "I13": -.08}
 UPPER = {"I6": 20, "I11": 2}
@@ -83,10 +82,9 @@ def _balanced_codes(name: str, generator: np.random.Generator) -> np.ndarray:
     mostly a constant, its products mostly main effects.
     """
     missing_rate, cardinality, _ = CATEGORIES[name]
-    distribution: HeavyTail = rank_distribution(name)
     ranks = np.arange(min(HEAD, cardinality))
     share = np.zeros(HEAD + 1)
-    share[0], share[1:len(ranks) + 1] = missing_rate, (1 - missing_rate) * distribution.share(ranks)
+    share[0], share[1:len(ranks) + 1] = missing_rate, (1 - missing_rate) * rank_distribution(name).share(ranks)
     draws = generator.choice([-1.0, 1.0], size=(1000, 2, HEAD + 1))
     imbalance = np.abs(draws @ share).sum(axis=1) + np.abs((draws[:, 0] * draws[:, 1]) @ share)
     best = draws[imbalance.argmin()]
