@@ -17,11 +17,14 @@ NATIVE_DTYPES = {
     "sparse_update": (torch.float32,),
 }
 
+# What the Triton kernels of every operation take.
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Operations that each backend implements; `auto` takes the fastest one that has the operation.
 IMPLEMENTED: dict[str, frozenset[str]] = {
     "eager": frozenset({"field_attention", "ffn", "sparse_update"}),
     "native": frozenset({"field_attention", "ffn", "sparse_update"}),
-    "triton": frozenset(),
+    "triton": frozenset({"sparse_update"}),
 }
 
 
@@ -70,6 +73,10 @@ def backends() -> dict[str, Backend]:
     return {"native": _native(), "triton": _triton(), "eager": eager}
 
 
+def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
+    return TRITON_DTYPES if backend == "triton" else NATIVE_DTYPES[operation]
+
+
 def _inside_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -89,9 +96,8 @@ def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dty
         wanted = "triton" if device.type == "cuda" else "native"
         if operation not in IMPLEMENTED[wanted]:
             return "eager"
-        runs = wanted == "triton" or (device.type == "cpu" and NATIVE_ABSENT is None
-                                      and dtype in NATIVE_DTYPES[operation] and not _inside_torch_func())
-        return wanted if runs else "eager"
+        runs = wanted == "triton" or (device.type == "cpu" and NATIVE_ABSENT is None)
+        return wanted if runs and dtype in _dtypes(wanted, operation) and not _inside_torch_func() else "eager"
     reason = NATIVE_ABSENT if wanted == "native" else _triton().reason  # backends() cannot be traced by torch.compile
     if reason is not None:
         raise BackendUnavailable(f"kernels={wanted!r} cannot run: {reason}. kernels='eager' runs anywhere")
@@ -99,9 +105,9 @@ def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dty
         raise BackendUnavailable(f"kernels={wanted!r} has no {operation} yet; kernels='eager' runs anywhere")
     if wanted == "native" and device.type != "cpu":
         raise BackendUnavailable(f"kernels='native' runs on CPU tensors, these are on {device}; use kernels='triton'")
-    if wanted == "native" and dtype not in NATIVE_DTYPES[operation]:
-        taken = " and ".join(str(d) for d in NATIVE_DTYPES[operation])
-        raise TypeError(f"{operation} with kernels='native' takes {taken}, not {dtype}; kernels='eager' takes any")
+    if dtype not in _dtypes(wanted, operation):
+        taken = " and ".join(str(d) for d in _dtypes(wanted, operation))
+        raise TypeError(f"{operation} with kernels={wanted!r} takes {taken}, not {dtype}; kernels='eager' takes any")
     if _inside_torch_func():
         raise BackendUnavailable(f"kernels={wanted!r} has no rules for torch.func (grad, vmap, ...); "
                                  "use kernels='eager'")

@@ -66,7 +66,10 @@ class SparseSGD(_SparseRowOptimizer):
 
     def _update(self, weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, group: dict[str, Any],
                 backend: str) -> None:
-        update = sgd_native if backend == "native" else sgd_reference
+        if backend == "triton":
+            from .triton import sgd_triton as update
+        else:
+            update = sgd_native if backend == "native" else sgd_reference
         update(weight, ids, rows, group["lr"])
 
 
@@ -92,5 +95,8 @@ class SparseRowwiseAdagrad(_SparseRowOptimizer):
         state = self.state[weight]
         if "sum" not in state:
             state["sum"] = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-        update = rowwise_adagrad_native if backend == "native" else rowwise_adagrad_reference
+        if backend == "triton":
+            from .triton import rowwise_adagrad_triton as update
+        else:
+            update = rowwise_adagrad_native if backend == "native" else rowwise_adagrad_reference
         update(weight, state["sum"], ids, rows, group["lr"], group["eps"])

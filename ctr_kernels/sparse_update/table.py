@@ -45,7 +45,7 @@ class EmbeddingTable(nn.Module):
             check_ids(ids, self.num_rows)
         if backend == "native":
             return embedding_lookup_native(self.weight, ids)
-        return F.embedding(ids, self.weight, sparse=True)
+        return F.embedding(ids, self.weight, sparse=True)  # triton, too: nothing is left to gain (see triton.py)
 
     def extra_repr(self) -> str:
         return f"{self.num_rows}, {self.dim}, kernels={self.kernels!r}"

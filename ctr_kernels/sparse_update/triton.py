@@ -27,11 +27,17 @@ Traffic next to the floor, n = 106,496 uniform ids on 2M rows of 64 fp32 (U = 10
     partial sums    <= 4 n r / CHUNK   1.7 MB if every chunk's ends are crossed, 0.1 MB at uniform ids
 3 n dim + 2 U dim FLOP = 34 MFLOP: far below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB, comes
 on top.
+
+Occupancy: at most 134 registers for fp32 rows of 64 (sm_90), so 15 one-warp programs fit an SM; the 1,664 programs of
+n = 106,496 are 12.6 an SM, one wave, each with 4 KB of gradient and 4 KB of table rows in flight.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from ..library import last_dim_contiguous
+from ..triton_support import Spec
 
 CHUNK = 64  # sorted positions of a program
 
@@ -50,39 +56,46 @@ def _join(left, left_starts, right, right_starts):
 
 
 @triton.jit
-def _update_rows(weight, state, ids, grad, chosen, lr, eps, num_rows, weight_stride,
-                 DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr, LR_IS_TENSOR: tl.constexpr):
-    """Apply grad [R, BLOCK_D] to the rows ids [R] of the table where chosen [R]."""
+def _fetch(weight, state, ids, chosen,
+           WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr):
+    """Rows [R, BLOCK_D] and accumulators [R] of the table rows ids [R] where chosen [R], in fp32."""
     columns = tl.arange(0, BLOCK_D)[None, :]
-    chosen = chosen & (ids >= 0) & (ids < num_rows)  # nothing outside the table is ever touched
-    mask = chosen[:, None] & (columns < DIM)
-    pointers = weight + ids.to(tl.int64)[:, None] * weight_stride + columns  # [R, BLOCK_D]
-    row = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    rate = tl.load(lr).to(tl.float32) if LR_IS_TENSOR else lr
+    pointers = weight + ids.to(tl.int64)[:, None] * WEIGHT_STRIDE + columns
+    row = tl.load(pointers, mask=chosen[:, None] & (columns < DIM), other=0.0).to(tl.float32)
+    sums = tl.load(state + ids, mask=chosen, other=0.0) if ADAGRAD else 0.0
+    return row, sums
+
+
+@triton.jit
+def _update(weight, state, ids, chosen, row, sums, grad, lr, eps,
+            WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr,
+            LR_IS_TENSOR: tl.constexpr):
+    """Write back what `_fetch` read, updated with grad [R, BLOCK_D]."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    step = tl.load(lr).to(tl.float32) if LR_IS_TENSOR else lr
     if ADAGRAD:
-        sums = tl.load(state + ids, mask=chosen, other=0.0)  # [R]
         sums += tl.sum(grad * grad, 1) / DIM
         tl.store(state + ids, sums, mask=chosen)
-        step = grad * tl.div_rn(rate, tl.sqrt_rn(sums) + eps)[:, None]
-    else:
-        step = grad * rate
-    tl.store(pointers, (row - step).to(weight.dtype.element_ty), mask=mask)
+        step = tl.div_rn(step, tl.sqrt_rn(sums) + eps)[:, None]
+    row -= step * grad
+    pointers = weight + ids.to(tl.int64)[:, None] * WEIGHT_STRIDE + columns
+    tl.store(pointers, row.to(weight.dtype.element_ty), mask=chosen[:, None] & (columns < DIM))
 
 
 @triton.jit
 def _chunk_kernel(
-    weight,  # [num_rows, DIM], rows weight_stride apart
+    weight,  # [num_rows, DIM], rows WEIGHT_STRIDE apart
     state,  # [num_rows] fp32, or None without ADAGRAD
     sorted_ids,  # [n] int32 or int64
     order,  # [n] int64: sorted_ids[i] = ids[order[i]]
-    rows,  # [n, DIM], rows rows_stride apart
+    rows,  # [n, DIM], rows ROWS_STRIDE apart
     partial,  # [chunks, 2, DIM] fp32
     lr,  # fp32, or a pointer to one
     eps,
     n,
     num_rows,
-    weight_stride,
-    rows_stride,
+    WEIGHT_STRIDE: tl.constexpr,
+    ROWS_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -108,25 +121,27 @@ def _chunk_kernel(
         previous = tl.load(sorted_ids + at - 1, mask=inside & ((chunk > 0) | (at > 0)), other=-1)
         following = tl.load(sorted_ids + at + 1, mask=at + 1 < left, other=-1)
         source = tl.load(order + at, mask=inside, other=0)
-        grad = tl.load(rows + source[:, None] * rows_stride + columns, mask=inside[:, None] & inside_row, other=0.0)
+        began = ids == before
+        crosses = began | (ids == after)
+        ends = inside & ((ids != following) | (at == CHUNK - 1))
+        finished = ends & ~crosses & (ids >= 0) & (ids < num_rows)
+        grad = tl.load(rows + source[:, None] * ROWS_STRIDE + columns, mask=inside[:, None] & inside_row, other=0.0)
+        row, sums = _fetch(weight, state, ids, finished, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD)
         grad = grad.to(tl.float32)  # [TILE, BLOCK_D]
         starts = tl.broadcast_to((ids != previous)[:, None], [TILE, BLOCK_D])
         grad, starts = tl.associative_scan((grad, starts), 0, _join)
         grad += tl.where((ids == carried)[:, None], carry, 0.0)
         carry = tl.sum(tl.where((position == TILE - 1)[:, None], grad, 0.0), 0, keep_dims=True)
         carried = tl.load(sorted_ids + start + TILE - 1, mask=start + TILE <= left, other=-1)
-        began = ids == before
-        crosses = began | (ids == after)
-        ends = inside & ((ids != following) | (at == CHUNK - 1))
-        _update_rows(weight, state, ids, grad, ends & ~crosses, lr, eps, num_rows, weight_stride, DIM, BLOCK_D,
-                     ADAGRAD, LR_IS_TENSOR)
+        _update(weight, state, ids, finished, row, sums, grad, lr, eps, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD,
+                LR_IS_TENSOR)
         slot = 2 * chunk + tl.where(began, 0, 1)
         tl.store(partial + slot[:, None] * DIM + columns, grad, mask=(ends & crosses)[:, None] & inside_row)
 
 
 @triton.jit
 def _close_kernel(
-    weight,  # [num_rows, DIM], rows weight_stride apart
+    weight,  # [num_rows, DIM], rows WEIGHT_STRIDE apart
     state,  # [num_rows] fp32, or None without ADAGRAD
     sorted_ids,  # [n] int32 or int64
     partial,  # [chunks, 2, DIM] fp32
@@ -134,7 +149,7 @@ def _close_kernel(
     eps,
     chunks,
     num_rows,
-    weight_stride,
+    WEIGHT_STRIDE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -159,8 +174,10 @@ def _close_kernel(
             tile += TILE
             goes_on = (tile < chunks) & (tl.load(sorted_ids + tile * CHUNK, mask=tile < chunks, other=-1) == last)
         ids = last + tl.zeros([1], last.dtype)
-        _update_rows(weight, state, ids, total, ids == last, lr, eps, num_rows, weight_stride, DIM, BLOCK_D,
-                     ADAGRAD, LR_IS_TENSOR)
+        in_table = (ids >= 0) & (ids < num_rows)
+        row, sums = _fetch(weight, state, ids, in_table, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD)
+        _update(weight, state, ids, in_table, row, sums, total, lr, eps, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD,
+                LR_IS_TENSOR)
 
 
 def _sort(ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,44 +186,65 @@ def _sort(ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.sort(keys, stable=True)
 
 
-def _update(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor,
+def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor,
             lr: float | torch.Tensor, eps: float) -> None:
     """Both kernels; ids outside the table, which the lookup has refused, are left out."""
     num_rows, dim = weight.shape
     if dim > MAX_DIM:
         raise ValueError(f"rows of {dim} elements: kernels='triton' updates rows of at most {MAX_DIM}; "
                          "kernels='eager' takes any")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"the table has dtype {weight.dtype}; kernels='triton' updates float32, bfloat16 and float16, "
-                        "kernels='eager' any")
     if weight.stride(1) != 1 and dim > 1:
         raise ValueError(f"the table has strides {weight.stride()}; kernels='triton' needs rows without gaps")
     n = ids.numel()
     if n == 0:
         return
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    if isinstance(lr, torch.Tensor) and lr.device != weight.device:
-        lr = lr.item()  # on the host already: no synchronisation
+    rows = last_dim_contiguous(rows)
+    on_device = isinstance(lr, torch.Tensor) and lr.device == weight.device
+    lr = lr if on_device else float(lr)  # a tensor that is elsewhere is on the host: nothing waits
     sorted_ids, order = _sort(ids, num_rows)
     chunks, block = triton.cdiv(n, CHUNK), max(16, triton.next_power_of_2(dim))
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
     tile, warps = TILES[block]
-    flags = (state is not None, isinstance(lr, torch.Tensor))
-    _chunk_kernel[(chunks,)](weight, state, sorted_ids, order, rows, partial, lr, eps, n, num_rows, weight.stride(0),
-                             rows.stride(0), dim, block, CHUNK, tile, *flags, num_warps=warps)
-    if chunks > 1:
-        _close_kernel[(chunks - 1,)](weight, state, sorted_ids, partial, lr, eps, chunks, num_rows, weight.stride(0),
-                                     dim, block, CHUNK, CLOSE_ELEMENTS // block, *flags, num_warps=CLOSE_WARPS)
+    flags = (state is not None, on_device)
+    with torch.cuda.device_of(weight):
+        _chunk_kernel[(chunks,)](weight, state, sorted_ids, order, rows, partial, lr, eps, n, num_rows,
+                                 weight.stride(0), rows.stride(0), dim, block, CHUNK, tile, *flags, num_warps=warps)
+        if chunks > 1:
+            _close_kernel[(chunks - 1,)](weight, state, sorted_ids, partial, lr, eps, chunks, num_rows,
+                                         weight.stride(0), dim, block, CHUNK, CLOSE_ELEMENTS // block, *flags,
+                                         num_warps=CLOSE_WARPS)
     for written in (weight,) if state is None else (weight, state):
         torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
 
 
 def sgd_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, lr: float | torch.Tensor) -> None:
     """`sgd_reference`, in place."""
-    _update(weight, None, ids, rows, lr, 0.0)
+    _launch(weight, None, ids, rows, lr, 0.0)
 
 
 def rowwise_adagrad_triton(weight: torch.Tensor, state: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor,
                            lr: float | torch.Tensor, eps: float) -> None:
     """`rowwise_adagrad_reference`, in place."""
-    _update(weight, state, ids, rows, lr, eps)
+    _launch(weight, state, ids, rows, lr, eps)
+
+
+def aot_specs() -> list[Spec]:
+    """The launch configurations to compile without a GPU: both kernels at the tuned width, the ends of the table."""
+    kinds = {"state": "*fp32", "sorted_ids": "*i32", "order": "*i64", "partial": "*fp32",
+             "lr": "*fp32", "eps": "fp32", "n": "i32", "chunks": "i32", "num_rows": "i32"}
+    specs = []
+    for dim, dtype, adagrad in [(64, "fp32", False), (64, "fp32", True), (64, "bf16", True), (16, "fp32", True),
+                                (2048, "fp32", True)]:
+        tile, warps = TILES[dim]
+        shared = {"WEIGHT_STRIDE": dim, "DIM": dim, "BLOCK_D": dim, "CHUNK": CHUNK, "ADAGRAD": adagrad,
+                  "LR_IS_TENSOR": True} | ({} if adagrad else {"state": None})
+        kinds |= {"weight": f"*{dtype}", "rows": f"*{dtype}"}
+        for kernel, constexprs, num_warps in [(_chunk_kernel, {"ROWS_STRIDE": dim, "TILE": tile}, warps),
+                                              (_close_kernel, {"TILE": CLOSE_ELEMENTS // dim}, CLOSE_WARPS)]:
+            if kernel is _close_kernel and dim != 64:
+                continue
+            constexprs |= shared
+            signature = {name: kinds[name] for name in kernel.arg_names if name not in constexprs}
+            name = f"{kernel.__name__[1:]} {'adagrad' if adagrad else 'sgd'} {dtype} dim {dim}"
+            specs.append(Spec(kernel, signature, constexprs, num_warps, name))
+    return specs
