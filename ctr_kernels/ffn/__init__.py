@@ -45,7 +45,10 @@ def ffn(
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, x.device, "ffn", x.dtype)
-    run = ffn_native if backend == "native" else ffn_reference
+    if backend == "triton":
+        from .triton import ffn_triton as run
+    else:
+        run = ffn_native if backend == "native" else ffn_reference
     return run(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
 
 

@@ -1,0 +1,181 @@
+"""The feed-forward network in Triton: parity, dropout mask and memory traffic in Triton's interpreter.
+
+The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from parity import SEED, Tensors, check, ffn_inputs, with_gradients
+
+from ctr_kernels import ffn
+from ctr_kernels.ffn.reference import ffn_reference
+from ctr_kernels.philox import dropout_mask_torch
+
+pytest.importorskip("triton")
+from ctr_kernels.ffn import triton as kernels  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+SHAPES = [(0, 64, 256), (1, 64, 128), (70, 64, 104), (40, 20, 8), (33, 8, 72), (20, 128, 40), (17, 65, 40)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert counts["passed"] >= 25 and counts["skipped"] == 1, done.stdout[-2000:]
+
+
+def check_ffn(inputs: Tensors, activation: str, dropout_p: float = 0.0) -> None:
+    check(
+        lambda *t: ffn(*t, activation=activation, dropout_p=dropout_p, seed=SEED, kernels="triton"),
+        lambda *t: ffn_reference(*t, activation, dropout_p, torch.tensor([SEED])),
+        inputs,
+        torch.randn(inputs[0].shape, dtype=inputs[0].dtype),
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_parity(activation: str, dropout_p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for tokens, dim, hidden in SHAPES:
+        check_ffn(ffn_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large_and_strided_inputs(activation: str) -> None:
+    torch.manual_seed(1)
+    x, *weights = ffn_inputs(48, 64, 128, torch.float32)
+    check_ffn([x * 1e4, *weights], activation)
+    check_ffn([x.view(2, 24, 64)[:, :1].expand(2, 5, 64), *weights], activation)
+    turned = [weights[0].t().contiguous().t(), weights[1], weights[2].t().contiguous().t(), weights[3]]
+    check_ffn([x.t().contiguous().t(), *turned], activation)
+
+
+@interpreted
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_precision(precision: str) -> None:
+    """The interpreter computes TF32 exactly, so that only the launch differs."""
+    torch.manual_seed(2)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_ffn(ffn_inputs(50, 64, 72, torch.float32), "gelu", 0.1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@interpreted
+@pytest.mark.parametrize("hidden", [8, 64, 72, 128])
+def test_the_mask_is_that_of_the_specification(hidden: int) -> None:
+    keep = dropout_mask_torch(100, hidden, 0.3, torch.tensor([SEED]))
+    identity, ones = torch.eye(hidden), torch.ones(hidden)
+
+    def run(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
+        return ffn(x, w1, b1, w2, b2, activation="relu", dropout_p=0.3, seed=SEED, kernels="triton")
+
+    # The hidden is all ones before dropout, its gradient too, and both layers are the identity.
+    out, dx, *_ = with_gradients(run, [0 * keep.float(), identity, ones, identity, 0 * ones], keep.new_ones(1).expand(
+        100, hidden).float())
+    assert torch.equal(out != 0, keep)
+    assert torch.equal(dx != 0, keep)
+
+
+@interpreted
+def test_only_the_gradients_asked_for() -> None:
+    torch.manual_seed(3)
+    inputs = ffn_inputs(20, 16, 32, torch.float32)
+    for chosen in range(5):
+        grads = []
+        for backend in ("triton", "eager"):
+            tensors = [t.clone().requires_grad_(i == chosen) for i, t in enumerate(inputs)]
+            ffn(*tensors, kernels=backend).sum().backward()
+            assert [t.grad is not None for t in tensors] == [i == chosen for i in range(5)]
+            grads.append(tensors[chosen].grad)
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_the_same_bits_at_every_run() -> None:
+    torch.manual_seed(4)
+    inputs = ffn_inputs(100, 16, 32, torch.float32)
+    first, second = (with_gradients(lambda *t: ffn(*t, dropout_p=0.2, seed=5, kernels="triton"), inputs,
+                                    inputs[0].cos()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@interpreted
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="D=129; kernels='triton' takes up to 128"):
+        ffn(*ffn_inputs(2, 129, 8, torch.float32), kernels="triton")
+    inputs = [t.requires_grad_() for t in ffn_inputs(2, 16, 8, torch.float32)]
+    (grad,) = torch.autograd.grad(ffn(*inputs, kernels="triton").sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counter]:
+    """Counters of the addresses that kernels load and store from now on."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    accesses = {"load": Counter(), "store": Counter()}
+
+    def counted(kind: str, original: Callable) -> Callable:
+        def access(pointers, *arguments):
+            mask = arguments[0 if kind == "load" else 1].data.astype(bool)
+            accesses[kind].update(np.broadcast_to(pointers.data, mask.shape)[mask].ravel().tolist())
+            return original(pointers, *arguments)
+        return access
+
+    for kind in accesses:
+        name = f"create_masked_{kind}"
+        monkeypatch.setattr(builder, name, counted(kind, getattr(builder, name)))
+    return accesses
+
+
+@interpreted
+def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    tokens, dim, hidden = 70, 64, 72
+    x, w1, b1, w2, b2 = (t.contiguous() for t in ffn_inputs(tokens, dim, hidden, torch.float32))
+    dy, seed = torch.randn(tokens, dim), torch.tensor([SEED])
+    tiles, _ = kernels._tiles(dim, torch.float32, 0)
+
+    def times(found: Counter, tensor: torch.Tensor) -> set[int]:
+        return {found[tensor.data_ptr() + 4 * i] for i in range(tensor.numel())}
+
+    def per_tile(tile: kernels.Tile) -> set[int]:
+        return {-(-tokens // tile.tokens)}
+
+    accesses = counting(monkeypatch)
+    y = kernels._forward(x, w1, b1, w2, b2, 0, 0.1, seed)
+    assert [times(accesses["load"], t) for t in (x, w1, b1, w2, b2)] == [{1}, *[per_tile(tiles.forward)] * 4]
+    assert times(accesses["store"], y) == {1} and accesses["store"].total() == y.numel()
+
+    accesses = counting(monkeypatch)
+    dx = kernels._grad_tokens(dy, x, w1, b1, w2, 0, 0.1, seed)
+    assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [{1}, {1}, *[per_tile(tiles.token)] * 3]
+    assert times(accesses["store"], dx) == {1} and accesses["store"].total() == dx.numel()
+
+    accesses = counting(monkeypatch)
+    kernels._grad_weights(dy, x, w1, b1, w2, 0, 0.1, seed)
+    slices = -(-hidden // tiles.weight.units)
+    parts = kernels._programs_a_slice(tiles.weight, tokens, hidden, x.device)
+    assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [*[{slices}] * 2, *[{parts}] * 3]
+    assert set(accesses["store"].values()) == {1}
+    assert accesses["store"].total() == parts * (2 * dim * hidden + hidden + dim)
