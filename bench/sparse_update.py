@@ -27,19 +27,16 @@ def ids_of(kind: str, num_rows: int, batch: int, device: torch.device) -> list[t
     return [((rank * FIELDS + torch.arange(FIELDS)) * 2654435761 % num_rows).to(device) for rank in ranks]
 
 
-def providers(weight: torch.Tensor) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
-    """Table and optimizer of everyone who does this job; ours first. The tables share one memory."""
-    num_rows, dim = weight.shape
-
-    def ours() -> EmbeddingTable:
-        table = EmbeddingTable(1, dim)
-        table.num_rows, table.weight = num_rows, torch.nn.Parameter(weight)
-        return table
+def providers(num_rows: int, dim: int,
+              device: torch.device) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
+    """Table and optimizer of everyone who does this job; ours first. Ours share one memory, the others another."""
+    ours = EmbeddingTable(num_rows, dim).to(device)
+    weight = ours.weight.detach().clone()
 
     def theirs(sparse: bool) -> torch.nn.Embedding:
-        return torch.nn.Embedding(num_rows, dim, sparse=sparse, _weight=weight.detach())
+        return torch.nn.Embedding(num_rows, dim, sparse=sparse, _weight=weight)
 
-    tables = {"ours SGD": ours(), "ours rowwise Adagrad": ours(), "sparse + SGD": theirs(True),
+    tables = {"ours SGD": ours, "ours rowwise Adagrad": ours, "sparse + SGD": theirs(True),
               "sparse + Adagrad": theirs(True), "dense + SGD": theirs(False)}
     optimizers = {"ours SGD": SparseSGD, "ours rowwise Adagrad": SparseRowwiseAdagrad,
                   "sparse + Adagrad": torch.optim.Adagrad}
@@ -66,15 +63,15 @@ def main(settings: Settings, num_rows: int) -> None:
     """Time lookup + backward + update of 26 ids a row, in fp32. The floor: each gathered row read and written, its
     gradient read, and each distinct row of the table read and written."""
     s = settings
-    weight = torch.empty(num_rows, s.dim, device=s.device).normal_(std=0.01)
     grad = torch.randn(s.batch, FIELDS, s.dim, device=s.device)
     floors = measure_floors(s.device)
+    chosen = s.choose(providers(num_rows, s.dim, s.device))
     rows = []
     for kind in ("uniform", "skewed"):
         batches = ids_of(kind, num_rows, s.batch, s.device)
         distinct = sum(len(ids.unique()) for ids in batches) / BATCHES
         traffic = 4.0 * s.dim * (3 * s.batch * FIELDS + 2 * distinct)
-        functions = {name: step(*pair, batches, grad) for name, pair in s.choose(providers(weight)).items()}
+        functions = {name: step(*pair, batches, grad) for name, pair in chosen.items()}
         for name, timing in measure_pairs(functions, device=s.device).items():
             rows.append(time_row(name, timing, kernel="sparse_update", mode="lookup+backward+step", num_bytes=traffic,
                                  x=f"B={s.batch} K={FIELDS} D={s.dim} rows={num_rows:,} {kind}", floors=floors))

@@ -80,12 +80,14 @@ void softmax_rows(float* p, int64_t fields, float* inverse) {
     top = max_lanes(top);
     Vec sum = {};
     for (int i = 0; i < NV; ++i) {
-      x[i] = exp2_nonpositive((x[i] - top) * kLog2e);
+      x[i] = exp2_nonpositive((x[i] - top) * kLog2e);  // exactly 1 at the maximum
       sum += x[i];
     }
-    inverse[r] = 1.0f / sum_lanes(sum)[0];  // NaN if any logit is
-    for (int i = 0; i < NV; ++i) store(row + i * W, kNormalise ? x[i] * inverse[r] : x[i]);
+    inverse[r] = sum_lanes(sum)[0];  // NaN if any logit is
+    if (kNormalise) sum = splat(1.0f / inverse[r]);
+    for (int i = 0; i < NV; ++i) store(row + i * W, kNormalise ? x[i] * sum : x[i]);
   }
+  for (int64_t r = 0; r < fields; r += W) store(inverse + r, 1.0f / load(inverse + r));
 }
 
 template <bool kNormalise, int NV = kMax / W>

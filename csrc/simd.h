@@ -72,11 +72,16 @@ inline Vec max_lanes(Vec v) {
 inline Vec bits_to_float(IVec v) { return (Vec)v; }
 inline IVec float_to_bits(Vec v) { return (IVec)v; }
 
-// 2^x for x <= 0, relative error below 1e-7; 0 below 2^-126; NaN for NaN.
+// 2^x for x <= 0, relative error below 1e-7; below 2^-126 it is 0 or a denormal; NaN for NaN.
 inline Vec exp2_nonpositive(Vec x) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  const Vec rounded = (Vec)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const Vec fraction = x - rounded;  // in [-1/2, 1/2]
+#else
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const Vec rounded = x + kMagic;
-  const Vec fraction = x - (rounded - kMagic);  // in [-1/2, 1/2]
+  const Vec shifted = x + kMagic;
+  const Vec fraction = x - (shifted - kMagic);
+#endif
   // Minimax polynomial of 2^fraction with constant term 1, relative error 2e-9 (fitted by iterative reweighting).
   Vec p = splat(1.5353362e-4f);
   p = p * fraction + 1.3398875e-3f;
@@ -85,19 +90,24 @@ inline Vec exp2_nonpositive(Vec x) {
   p = p * fraction + 2.4022648e-1f;
   p = p * fraction + 6.931472e-1f;
   p = p * fraction + 1.0f;
-  const IVec exponent = (float_to_bits(rounded) - 0x4B400000 + 127) << 23;
-  const Vec result = p * bits_to_float(exponent);
-  return x < -126.0f ? Vec{} : result;
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)rounded);
+#else
+  const IVec exponent = (float_to_bits(shifted) - 0x4B400000 + 127) << 23;
+  return x < -126.0f ? Vec{} : p * bits_to_float(exponent);
+#endif
 }
 
 constexpr float kLog2e = 1.4426950408889634f;
 
 // W rows of W floats, transposed in registers: log2(W) rounds, each exchanging blocks between two rows.
-inline void transpose(Vec (&rows)[W]) {
+__attribute__((always_inline)) inline void transpose(Vec (&rows)[W]) {
   const IVec lanes = lane_index();
+#pragma GCC unroll 4
   for (int bit = 1; bit < W; bit <<= 1) {
     const IVec set = (lanes & bit) != 0;  // -1 where the lane's bit is set
     const IVec first = set ? (lanes ^ bit) + W : lanes, second = set ? lanes + W : lanes ^ bit;
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
       if (i & bit) continue;
       const Vec a = rows[i], b = rows[i | bit];
@@ -111,13 +121,23 @@ inline void transpose(Vec (&rows)[W]) {
 // of W is zero. columns is a multiple of W.
 inline void transpose_block(const float* in, int64_t stride, int64_t rows, int64_t columns, float* out,
                             int64_t pitch) {
-  for (int64_t r = 0; r < rows; r += W)
+  for (int64_t r = 0; r < rows; r += W) {
+    const bool whole = r + W <= rows;  // without questions row by row
     for (int64_t c = 0; c < columns; c += W) {
       Vec block[W];
-      for (int i = 0; i < W; ++i) block[i] = r + i < rows ? load(in + (r + i) * stride + c) : Vec{};
+      const float* from = in + r * stride + c;
+      if (whole) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load(from + i * stride);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = r + i < rows ? load(from + i * stride) : Vec{};
+      }
       transpose(block);
+#pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store(out + (c + i) * pitch + r, block[i]);
     }
+  }
 }
 
 }  // namespace CTR_ISA

@@ -143,6 +143,9 @@ void update(const Tensor& weight, float* state, const Tensor& ids, const Tensor&
 
 }  // namespace
 
+// For a table just allocated: its rows come in random order, and 4 KB pages then miss the TLB at nearly every row.
+void use_huge_pages(Tensor table) { prefer_huge_pages(table); }
+
 int64_t first_bad_id(Tensor ids, int64_t num_rows) { return find_bad(ids_of(ids), num_rows); }
 
 // weight [num_rows, dim] of any dtype, ids of any shape [...] -> [..., dim].

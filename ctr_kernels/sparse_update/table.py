@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from ..backend import CHOICES, resolve
 from ..library import NATIVE_ABSENT
-from .native import embedding_lookup_native, first_bad_id_native
+from .native import embedding_lookup_native, first_bad_id_native, use_huge_pages_native
 
 
 class EmbeddingTable(nn.Module):
@@ -33,6 +33,8 @@ class EmbeddingTable(nn.Module):
             raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
         self.num_rows, self.dim, self.kernels = num_rows, dim, kernels
         self.weight = nn.Parameter(torch.empty(num_rows, dim))
+        if NATIVE_ABSENT is None and self.weight.device.type == "cpu":
+            use_huge_pages_native(self.weight.detach())
         nn.init.normal_(self.weight, std=std)
 
     @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
