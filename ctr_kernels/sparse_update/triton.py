@@ -62,7 +62,7 @@ def _fetch(weight, state, ids, chosen,
     columns = tl.arange(0, BLOCK_D)[None, :]
     pointers = weight + ids.to(tl.int64)[:, None] * WEIGHT_STRIDE + columns
     row = tl.load(pointers, mask=chosen[:, None] & (columns < DIM), other=0.0).to(tl.float32)
-    sums = tl.load(state + ids, mask=chosen, other=0.0) if ADAGRAD else 0.0
+    sums = tl.load(state + ids, mask=chosen, other=0.0) if ADAGRAD else tl.zeros(ids.shape, tl.float32)
     return row, sums
 
 
@@ -165,7 +165,7 @@ def _close_kernel(
         columns = tl.arange(0, BLOCK_D)[None, :]
         total = tl.load(partial + (2 * chunk + 1) * DIM + columns, mask=columns < DIM, other=0.0)  # [1, BLOCK_D]
         tile = chunk + 1
-        goes_on = True
+        goes_on = last == after
         while goes_on:
             at = tile + tl.arange(0, TILE)
             first = tl.load(sorted_ids + at * CHUNK, mask=at < chunks, other=-1)
