@@ -11,6 +11,7 @@
 #include "convert.h"
 #include "gemm.h"
 #include "philox_vector.h"
+#include "sums.h"
 
 namespace ctr {
 namespace CTR_ISA {
@@ -75,21 +76,6 @@ void activate_slice(float* hidden, const float* mask, int64_t rows) {
   } else {
     for (int64_t i = 0; i < rows * kSlice; i += W)
       store(hidden + i, activate<kActivation>(load(hidden + i)).value * load(mask + i));
-  }
-}
-
-constexpr int64_t kSumRows = 8;  // column sums are taken in blocks, so that rounding errors do not pile up
-
-// bias[0..columns) += the column sums of rows [rows, pitch].
-inline void add_columns(const float* in, int64_t pitch, int64_t rows, int64_t columns, float* sums) {
-  for (int64_t c = 0; c < columns; c += W) {
-    Vec sum = {};
-    for (int64_t r = 0; r < rows; r += kSumRows) {
-      Vec block = {};
-      for (int64_t i = r; i < rows && i < r + kSumRows; ++i) block += load(in + i * pitch + c);
-      sum += block;
-    }
-    store(sums + c, load(sums + c) + sum);
   }
 }
 

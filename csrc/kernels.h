@@ -56,6 +56,18 @@ struct FfnGradients {
   float *b2;        // [dp]
 };
 
+constexpr int64_t kLinearTile = 96;  // tokens of a tile
+
+// in and out are multiples of 16; all memory fp32 and contiguous.
+struct LinearArgs {
+  int64_t tokens, in, out;
+  const float* x;       // [tokens, in]
+  const float* weight;  // forward: [in, out], W transposed; backward: [out, in], W
+  const float* bias;    // [out], forward only
+  float* y;             // [tokens, out]; backward: the gradient of y, only read
+  float* grad_x;        // [tokens, in], backward only
+};
+
 struct RowUpdate {
   float* weight;      // [num_rows, dim]
   float* state;       // [num_rows], null for SGD
@@ -70,6 +82,10 @@ struct KernelTable {
   void (*attention_backward)(const AttentionArgs&, int64_t first_sample, int64_t last_sample);
   void (*ffn_forward)(const FfnArgs&, int64_t first_tile, int64_t last_tile);
   void (*ffn_backward)(const FfnArgs&, const FfnGradients&, int64_t first_tile, int64_t last_tile);
+  void (*linear_forward)(const LinearArgs&, int64_t first_tile, int64_t last_tile);
+  // grad_weight [out, in] and grad_bias [out]: sums of one task, zero at the start.
+  void (*linear_backward)(const LinearArgs&, float* grad_weight, float* grad_bias, int64_t first_tile,
+                          int64_t last_tile);
   // sorted[i] = id << 32 | position; whole runs of equal ids.
   void (*update_rows)(const RowUpdate&, const uint64_t* sorted, int64_t n);
 };

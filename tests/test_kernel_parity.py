@@ -142,6 +142,16 @@ def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) ->
     assert torch.equal(out != 0, dropout_mask_torch(100, hidden, 0.3, torch.tensor([SEED])))
 
 
+@pytest.mark.parametrize(("tokens", "widths"), [(0, (64, 192)), (1, (16, 16)), (97, (64, 64)), (1000, (64, 192)),
+                                                (300, (48, 80))])
+def test_linear(fused: str, tokens: int, widths: tuple[int, int]) -> None:
+    torch.manual_seed(9)
+    shapes = [(tokens, widths[0]), (widths[1], widths[0]), (widths[1],)]
+    inputs = [torch.randn(shape) / (widths[0] ** 0.5 if i == 1 else 1) for i, shape in enumerate(shapes)]
+    grad_out = torch.randn(tokens, widths[1]) / max(1, tokens) ** 0.5
+    check(torch.ops.ctr.linear, torch.nn.functional.linear, inputs, grad_out)
+
+
 def id_batches(num_rows: int) -> list[torch.Tensor]:
     """Ids [B, 26] of every kind: none, one, uniform, skewed, a column of equal ids, all ids equal."""
     uniform = torch.randint(num_rows, (300, 26))

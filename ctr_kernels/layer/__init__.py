@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from ..attention import field_attention_packed
-from ..backend import CHOICES
+from ..backend import CHOICES, resolve
 from ..ffn import ffn
 from ..ffn.reference import ACTIVATIONS
+from .native import linear_native, takes_linear
 
 
 class TransformerLayer(nn.Module):
@@ -66,8 +67,14 @@ class TransformerLayer(nn.Module):
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        return self.out(field_attention_packed(self.qkv(x), num_heads=self.num_heads, dropout_p=dropout_p,
-                                               kernels=self.kernels))
+        attended = field_attention_packed(self._linear(self.qkv, x), num_heads=self.num_heads, dropout_p=dropout_p,
+                                          kernels=self.kernels)
+        return self._linear(self.out, attended)
+
+    def _linear(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if resolve(self.kernels, x.device, "field_attention", x.dtype) == "native" and takes_linear(linear, x):
+            return linear_native(linear, x)
+        return linear(x)
 
     def _ffn(self, x: torch.Tensor) -> torch.Tensor:
         dropout_p = self.dropout if self.training else 0.0

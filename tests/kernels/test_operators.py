@@ -34,6 +34,12 @@ def test_opcheck_of_attention_and_ffn(dropout_p: float) -> None:
     opcheck(OPS.ffn_backward, (torch.randn(7, 32), x.detach(), *weights(False), 0, dropout_p, SEED))
 
 
+def test_opcheck_of_linear() -> None:
+    inputs = [torch.randn(shape, requires_grad=True) for shape in [(5, 16), (32, 16), (32,)]]
+    opcheck(OPS.linear, inputs)
+    opcheck(OPS.linear_backward, (torch.randn(5, 32), inputs[0].detach(), inputs[1].detach()))
+
+
 def test_opcheck_of_lookup_and_updates() -> None:
     table, ids, rows = torch.randn(10, 4), torch.tensor([1, 2, 1]), torch.randn(3, 4)
     opcheck(OPS.embedding_lookup, (table, ids))
