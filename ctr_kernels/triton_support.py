@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 import re
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90, 100)
 KERNEL_MODULES = ("attention", "ffn", "sparse_update")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no inline assembly
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -39,32 +41,88 @@ def capability(device: torch.device) -> int:
 
 
 @triton.jit
-def dropout_multipliers(seed, rows, first_group, groups, threshold, inverse_keep, GROUPS: tl.constexpr):
-    """Multipliers fp32 [R, 32 * GROUPS] of a dropout map: 0 where philox.py drops, else inverse_keep.
+def _high_part(x):
+    """x rounded to the 11 significant bits of TF32, ties away from zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32, 2-D or 3-D; acc may be None. PRECISION as `input_precision` gives it.
+
+    "tf32x3" splits x = high + low, both exact in TF32 but for the last bit of low, and leaves out low low: an error
+    below 2^-22 of each product. Triton's own tf32x3 does the same and guards infinities besides, with more than twice
+    the instructions; here an infinite element gives NaN.
+    """
+    if PRECISION == "tf32x3":
+        a_high, b_high = _high_part(a), _high_part(b)
+        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _philox(seed, counter):
+    """The four uint32 words of each counter (int64) under the 64-bit seed, as `philox.philox` has them.
+
+    Equal to `tl.randint4x(seed, counter)`, but one wide multiplication yields both halves of a product.
+    """
+    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c2, c3 = c0 * 0, c0 * 0
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, b.to(tl.uint32)
+        c2, c3 = (a >> 32).to(tl.uint32) ^ c3 ^ k1, a.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def dropout_keep(seed, rows, first_group, groups, threshold, GROUPS: tl.constexpr):
+    """Keep-mask bool [R, 32 * GROUPS] of a dropout map, philox.py's bit for bit.
 
     seed: the 64-bit seed, loaded. rows: int64 [R], rows of the map. Columns begin at 32 * first_group; the map has
     `groups` groups of 32 columns. threshold: philox.threshold(p). A Philox call yields the columns c, c + 8, c + 16
-    and c + 24 of a group, so a tile takes R * 8 * GROUPS calls. Counters are 64 bits wide.
+    and c + 24 of a group, so a tile takes R * 8 * GROUPS calls: about 100 instructions for four elements. An MMA
+    accumulator holds these four in one thread, so that no layout is changed. Counters are 64 bits wide.
     """
     counter = ((rows * groups + first_group) * 8)[:, None] + tl.arange(0, 8 * GROUPS)[None, :]  # [R, 8 GROUPS]
-    w0, w1, w2, w3 = tl.randint4x(seed, counter)
-    w0 = tl.where((w0 >> 1) >= threshold, inverse_keep, 0.0)
-    w1 = tl.where((w1 >> 1) >= threshold, inverse_keep, 0.0)
-    w2 = tl.where((w2 >> 1) >= threshold, inverse_keep, 0.0)
-    w3 = tl.where((w3 >> 1) >= threshold, inverse_keep, 0.0)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, 8 GROUPS, 2, 2]: the last two count words 0 to 3
-    words = tl.reshape(words, (rows.shape[0], GROUPS, 8, 4))
-    return tl.reshape(tl.permute(words, (0, 1, 3, 2)), (rows.shape[0], GROUPS * 32))
+    w0, w1, w2, w3 = _philox(seed, counter)
+    keep = ((w0 >> 1) >= threshold).to(tl.int32)  # one bit a word, so that a change of layout, if any, moves little
+    keep |= ((w1 >> 1) >= threshold).to(tl.int32) << 1
+    keep |= ((w2 >> 1) >= threshold).to(tl.int32) << 2
+    keep |= ((w3 >> 1) >= threshold).to(tl.int32) << 3
+    keep = tl.reshape(keep, (rows.shape[0], GROUPS, 1, 8)) >> tl.arange(0, 4)[None, None, :, None]  # [R, GROUPS, 4, 8]
+    return tl.reshape((keep & 1) != 0, (rows.shape[0], GROUPS * 32))
+
+
+@triton.jit
+def dropout_multipliers(seed, rows, first_group, groups, threshold, inverse_keep, GROUPS: tl.constexpr):
+    """Multipliers fp32 [R, 32 * GROUPS] of a dropout map: inverse_keep where `dropout_keep` is true, else 0."""
+    return tl.where(dropout_keep(seed, rows, first_group, groups, threshold, GROUPS), inverse_keep, 0.0)
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x, results below 2^-126 flushed to zero: one instruction, where `tl.exp2` takes four for their sake."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 class Spec(NamedTuple):
     """One configuration of a kernel, as a launcher would specialise it; `aot_specs()` of an operation lists them."""
 
     kernel: Any  # a @triton.jit function
-    signature: dict[str, str]  # of all parameters but constexprs: "*fp32", "i32", "fp32", ...
+    signature: dict[str, str]  # of all parameters but constexprs: "*fp32", "fp32", "i32", "i32:16" (a multiple of 16)
     constexprs: dict[str, Any]
     num_warps: int
     name: str
+    capabilities: tuple[int, ...] = CAPABILITIES  # the architectures it is meant for
 
 
 class Compiled(NamedTuple):
@@ -84,9 +142,10 @@ class Compiled(NamedTuple):
 def compile_ahead(spec: Spec, cc: int) -> Compiled:
     """Compile for sm_<cc> to a cubin, pointers taken to be 16-byte aligned; needs no GPU."""
     names = spec.kernel.arg_names
-    signature = {name: spec.signature.get(name, "constexpr") for name in names}
+    types = [spec.signature.get(name, "constexpr") for name in names]
     constexprs = {(names.index(name),): value for name, value in spec.constexprs.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if re.search(r"^\*|:16$", kind)}
+    signature = {name: kind.removesuffix(":16") for name, kind in zip(names, types, strict=True)}
     source = ASTSource(spec.kernel, signature, constexprs, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={"num_warps": spec.num_warps})
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -110,7 +169,7 @@ if __name__ == "__main__":
     print("| kernel | sm | warps | registers | spilled bytes | shared bytes | tensor-core instructions |")
     print("|---|---|---|---|---|---|---|")
     for operation, spec in all_specs():
-        for cc in CAPABILITIES:
+        for cc in spec.capabilities:
             found = compile_ahead(spec, cc)
             print(f"| {operation}: {spec.name} | {cc} | {spec.num_warps} | {found.registers} | {found.spills} | "
                   f"{found.shared} | {found.tensor_core_instructions} |")
