@@ -24,7 +24,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTED: dict[str, frozenset[str]] = {
     "eager": frozenset({"field_attention", "ffn", "sparse_update"}),
     "native": frozenset({"field_attention", "ffn", "sparse_update"}),
-    "triton": frozenset({"ffn", "sparse_update"}),
+    "triton": frozenset({"field_attention", "ffn", "sparse_update"}),
 }
 
 

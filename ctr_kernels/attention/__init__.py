@@ -44,7 +44,10 @@ def field_attention(
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, q.device, "field_attention", q.dtype)
-    run = field_attention_native if backend == "native" else field_attention_reference
+    if backend == "triton":
+        from .triton import field_attention_triton as run
+    else:
+        run = field_attention_native if backend == "native" else field_attention_reference
     return run(q, k, v, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
 
 
@@ -65,13 +68,18 @@ def field_attention_packed(
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; [B, F, 3 D] is needed")
     (qkv,) = autocast(qkv)
     q, k, v = qkv.chunk(3, dim=-1)
-    if resolve(kernels, qkv.device, "field_attention", qkv.dtype) != "native":
+    backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype)
+    if backend == "eager":
         return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
                                kernels=kernels)
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, qkv.device) if dropout_p > 0.0 else None
-    return field_attention_packed_native(qkv, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
+    if backend == "triton":
+        from .triton import field_attention_packed_triton as run
+    else:
+        run = field_attention_packed_native
+    return run(qkv, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
 
 
 def _scale(scale: float | None, q: torch.Tensor, num_heads: int) -> float:
