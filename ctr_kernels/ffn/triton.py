@@ -8,17 +8,18 @@ For a tile of tokens X [BM, D] and a slice of BH hidden units, M the dropout mul
 The weight kernel works on A^T = W1 X^T, so that H^T and dA^T are left operands as they come out. A fixed number of its
 programs share a slice; each sums every so-manieth tile in registers and writes fp32 partial sums once, which torch.sum
 adds in a fixed order: no atomics, the same bits at every run. Recomputing A and dH in both kernels costs two dots
-of seven; one kernel with all the sums in registers spills.
+of seven, but one kernel that holds all the sums in registers spills. So do the sums of both layers in fp32 at D > 64
+and "highest" precision: there the weight kernel makes a pass for each layer, of three dots and of two.
 
 Traffic and work next to the floor, n tokens, elements of e bytes, P partial sums; n=110,592, D=64, hidden=256, fp32:
     forward    2 n D e = 57 MB, the floor (x read, y written); weights (128 KB) come from L2; 4 n D hidden = 7.2 GFLOP
     token      3 n D e = 85 MB, the floor (x, dy read, dx written); 6 n D hidden = 10.9 GFLOP
     weight     2 n D e = 57 MB from memory, hidden / BH times that from L2; 8 n D hidden = 14.5 GFLOP;
                4 P (2 D hidden + hidden + D) bytes = 0.13 MB P of partial sums, written and read once
-The backward's floor is 18.1 GFLOP (a dot fewer forward, five backward) and 85 MB; it takes 25.4 GFLOP and 142 MB.
+The floor of the backward is 18.1 GFLOP (five dots) and 85 MB; it takes 25.4 GFLOP (seven) and 142 MB.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,38 +27,11 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ..philox import threshold
-from ..triton_support import Spec, capability, dropout_multipliers, input_precision
+from ..triton_support import Spec, capability, dot, dropout_multipliers
 from .reference import ACTIVATIONS
+from .triton_tiles import STAGES, TILES, Tile, tiles_for
 
 MAX_DIM = 128
-
-
-class Tile(NamedTuple):
-    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), and warps."""
-
-    tokens: int
-    units: int
-    warps: int
-
-
-class Tiles(NamedTuple):
-    """The launch configurations of the three kernels."""
-
-    forward: Tile
-    token: Tile
-    weight: Tile
-
-
-# By arithmetic ("half": fp16 and bf16), whether D exceeds 64, and architecture (sm_80 stands for all but 9x and 10x).
-TILES: dict[tuple[str, bool, int], Tiles] = {
-    ("half", False, 80): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("half", True, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 4)),
-    ("tf32", False, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(16, 32, 4)),
-    ("tf32", True, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(16, 32, 4)),
-    ("tf32x3", False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-    ("tf32x3", True, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(16, 32, 4)),
-}
-STAGES = 2  # tiles in flight while one is worked on
 
 
 @triton.jit
@@ -142,11 +116,11 @@ def _forward_kernel(
     total = tl.zeros((BM, DP), tl.float32)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES):
         tile_w1, tile_b1, tile_w2 = _slice(w1, b1, w2, first, D, DP, HIDDEN, BH)
-        a = tl.dot(tile_x, tl.trans(tile_w1), input_precision=PRECISION) + tile_b1[None, :]
+        a = dot(tile_x, tl.trans(tile_w1), None, PRECISION) + tile_b1[None, :]
         hidden, _ = _activate(a, ACTIVATION)
         if DROPOUT:
             hidden *= _multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
-        total = tl.dot(hidden.to(tile_x.dtype), tl.trans(tile_w2), total, input_precision=PRECISION)
+        total = dot(hidden.to(tile_x.dtype), tl.trans(tile_w2), total, PRECISION)
     total += tl.load(b2 + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     tl.store(y + start * D + offsets, total.to(y.dtype.element_ty), mask=inside)
 
@@ -171,12 +145,12 @@ def _token_kernel(
     total = tl.zeros((BM, DP), tl.float32)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES):
         tile_w1, tile_b1, tile_w2 = _slice(w1, b1, w2, first, D, DP, HIDDEN, BH)
-        a = tl.dot(tile_x, tl.trans(tile_w1), input_precision=PRECISION) + tile_b1[None, :]
+        a = dot(tile_x, tl.trans(tile_w1), None, PRECISION) + tile_b1[None, :]
         _, slope = _activate(a, ACTIVATION)
         if DROPOUT:
             slope *= _multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
-        da = tl.dot(tile_dy, tile_w2, input_precision=PRECISION) * slope
-        total = tl.dot(da.to(tile_x.dtype), tile_w1, total, input_precision=PRECISION)
+        da = dot(tile_dy, tile_w2, None, PRECISION) * slope
+        total = dot(da.to(tile_x.dtype), tile_w1, total, PRECISION)
     tl.store(dx + start * D + offsets, total.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -188,9 +162,12 @@ def _weight_kernel(
     partial,  # fp32 [programs a slice, HIDDEN D + D HIDDEN + HIDDEN + D]: dW1, dW2, db1, db2
     tokens, limit, inverse_keep,
     D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr, LAYERS: tl.constexpr,
 ):
-    """The sums of one slice of hidden units over every so-manieth tile of tokens; slice 0 also sums db2."""
+    """The sums of one slice of hidden units over every so-manieth tile of tokens; slice 0 also sums db2.
+
+    LAYERS: 1 sums dW1 and db1, 2 sums dW2 and db2, 3 both.
+    """
     SLICES: tl.constexpr = (HIDDEN + BH - 1) // BH
     part, first = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES * BH
     row, column, unit = tl.arange(0, BM), tl.arange(0, DP), first + tl.arange(0, BH)
@@ -206,44 +183,39 @@ def _weight_kernel(
         inside = (row < tokens - start)[:, None] & (column < D)[None, :]
         tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
         tile_dy = tl.load(dy + start * D + offsets, mask=inside, other=0.0)
-        a = tl.dot(tile_w1, tl.trans(tile_x), input_precision=PRECISION) + tile_b1[:, None]  # [BH, BM]
+        a = dot(tile_w1, tl.trans(tile_x), None, PRECISION) + tile_b1[:, None]  # [BH, BM]
         hidden, slope = _activate(a, ACTIVATION)
         if DROPOUT:
             kept = tl.trans(_multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH))
             hidden *= kept
             slope *= kept
-        da = tl.dot(tile_w2, tl.trans(tile_dy), input_precision=PRECISION) * slope
-        db1 += tl.sum(da, axis=1)
-        dw1 = tl.dot(da.to(tile_x.dtype), tile_x, dw1, input_precision=PRECISION)
-        dw2 = tl.dot(hidden.to(tile_x.dtype), tile_dy, dw2, input_precision=PRECISION)
-        if first == 0:
-            db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
+        if LAYERS & 1:
+            da = dot(tile_w2, tl.trans(tile_dy), None, PRECISION) * slope
+            db1 += tl.sum(da, axis=1)
+            dw1 = dot(da.to(tile_x.dtype), tile_x, dw1, PRECISION)
+        if LAYERS & 2:
+            dw2 = dot(hidden.to(tile_x.dtype), tile_dy, dw2, PRECISION)
+            if first == 0:
+                db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
     partial += part.to(tl.int64) * (2 * D * HIDDEN + HIDDEN + D)
     inside = (unit < HIDDEN)[:, None] & (column < D)[None, :]
-    tl.store(partial + (unit[:, None] * D + column[None, :]), dw1, mask=inside)
-    tl.store(partial + D * HIDDEN + (column[None, :] * HIDDEN + unit[:, None]), dw2, mask=inside)
-    tl.store(partial + 2 * D * HIDDEN + unit, db1, mask=unit < HIDDEN)
-    tl.store(partial + 2 * D * HIDDEN + HIDDEN + column, db2, mask=(column < D) & (first == 0))
+    if LAYERS & 1:
+        tl.store(partial + (unit[:, None] * D + column[None, :]), dw1, mask=inside)
+        tl.store(partial + 2 * D * HIDDEN + unit, db1, mask=unit < HIDDEN)
+    if LAYERS & 2:
+        tl.store(partial + D * HIDDEN + (column[None, :] * HIDDEN + unit[:, None]), dw2, mask=inside)
+        tl.store(partial + 2 * D * HIDDEN + HIDDEN + column, db2, mask=(column < D) & (first == 0))
 
 
-def _tiles(dim: int, dtype: torch.dtype, cc: int) -> tuple[Tiles, str]:
-    """Launch configurations and input precision for D = dim on sm_<cc>; 0 is the interpreter."""
-    precision = input_precision(dtype)
-    arithmetic = precision if dtype == torch.float32 else "half"
-    return TILES[arithmetic, dim > 64, cc // 10 * 10 if cc // 10 in (9, 10) else 80], precision
-
-
-def _constants(x: torch.Tensor, w1: torch.Tensor, activation: int, dropout_p: float, precision: str) -> dict[str, Any]:
-    """What all three kernels take alike, next to their tensors."""
-    return {
-        "tokens": x.shape[0], "limit": threshold(dropout_p), "inverse_keep": 1.0 / (1.0 - dropout_p),
-        "D": x.shape[1], "DP": max(16, triton.next_power_of_2(x.shape[1])), "HIDDEN": w1.shape[0],
-        "ACTIVATION": activation, "DROPOUT": dropout_p > 0.0, "PRECISION": precision, "STAGES": STAGES,
-    }
-
-
-def _tile(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.tokens, "BH": tile.units, "num_warps": tile.warps}
+def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[torch.Tensor | None, ...],
+            shape: tuple[int, int, int], activation: int, dropout_p: float, precision: str, **constants: int) -> None:
+    """Run `programs` programs on tensors of shape = (tokens, D, hidden)."""
+    tokens, dim, hidden = shape
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](
+            *tensors, tokens, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim,
+            DP=max(16, triton.next_power_of_2(dim)), HIDDEN=hidden, ACTIVATION=activation, DROPOUT=dropout_p > 0.0,
+            PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=STAGES, num_warps=tile.warps, **constants)
 
 
 def _programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device) -> int:
@@ -254,48 +226,40 @@ def _programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device
 
 
 def _forward(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-             activation: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+             seed: torch.Tensor | None, activation: int, dropout_p: float) -> torch.Tensor:
     """[tokens, D] -> [tokens, D]; all tensors contiguous."""
     y = torch.empty_like(x)
-    tiles, precision = _tiles(x.shape[1], x.dtype, capability(x.device))
+    tiles, precision = tiles_for(x.shape[1], x.dtype, capability(x.device))
     if x.shape[0]:
-        with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(x.shape[0], tiles.forward.tokens),)](
-                x, w1, b1, w2, b2, seed, y, **_constants(x, w1, activation, dropout_p, precision),
-                **_tile(tiles.forward))
+        _launch(_forward_kernel, tiles.forward, triton.cdiv(x.shape[0], tiles.forward.tokens),
+                (x, w1, b1, w2, b2, seed, y), (*x.shape, w1.shape[0]), activation, dropout_p, precision)
     return y
 
 
 def _grad_tokens(dy: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
-                 activation: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+                 seed: torch.Tensor | None, activation: int, dropout_p: float) -> torch.Tensor:
     """dX [tokens, D]."""
     dx = torch.empty_like(x)
-    tiles, precision = _tiles(x.shape[1], x.dtype, capability(x.device))
+    tiles, precision = tiles_for(x.shape[1], x.dtype, capability(x.device))
     if x.shape[0]:
-        with torch.cuda.device_of(x):
-            _token_kernel[(triton.cdiv(x.shape[0], tiles.token.tokens),)](
-                dy, x, w1, b1, w2, seed, dx, **_constants(x, w1, activation, dropout_p, precision),
-                **_tile(tiles.token))
+        _launch(_token_kernel, tiles.token, triton.cdiv(x.shape[0], tiles.token.tokens),
+                (dy, x, w1, b1, w2, seed, dx), (*x.shape, w1.shape[0]), activation, dropout_p, precision)
     return dx
 
 
 def _grad_weights(dy: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
-                  activation: int, dropout_p: float, seed: torch.Tensor | None) -> list[torch.Tensor]:
+                  seed: torch.Tensor | None, activation: int, dropout_p: float) -> list[torch.Tensor]:
     """dW1 [hidden, D], db1 [hidden], dW2 [D, hidden], db2 [D], in the dtype of x."""
     (tokens, dim), hidden = x.shape, w1.shape[0]
+    tiles, precision = tiles_for(dim, x.dtype, capability(x.device))
+    parts = _programs_a_slice(tiles.weight, tokens, hidden, x.device)
     sizes = (hidden * dim, dim * hidden, hidden, dim)
-    tiles, precision = _tiles(dim, x.dtype, capability(x.device))
-    if tokens:
-        parts = _programs_a_slice(tiles.weight, tokens, hidden, x.device)
-        partial = torch.empty(parts, sum(sizes), dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
-            _weight_kernel[(parts * triton.cdiv(hidden, tiles.weight.units),)](
-                dy, x, w1, b1, w2, seed, partial, **_constants(x, w1, activation, dropout_p, precision),
-                **_tile(tiles.weight))
-        total = partial.sum(0).to(x.dtype)
-    else:
-        total = x.new_zeros(sum(sizes))
-    dw1, dw2, db1, db2 = total.split(sizes)
+    partial = torch.empty(parts if tokens else 0, sum(sizes), dtype=torch.float32, device=x.device)
+    for layers in tiles.passes if tokens else ():
+        _launch(_weight_kernel, tiles.weight, parts * triton.cdiv(hidden, tiles.weight.units),
+                (dy, x, w1, b1, w2, seed, partial), (tokens, dim, hidden), activation, dropout_p, precision,
+                LAYERS=layers)
+    dw1, dw2, db1, db2 = partial.sum(0).to(x.dtype).split(sizes)
     return [dw1.view(hidden, dim), db1, dw2.view(dim, hidden), db2]
 
 
@@ -307,28 +271,19 @@ class _FFN(torch.autograd.Function):
                 activation: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, w1, b1, w2, seed)
         ctx.settings = (activation, dropout_p)
-        return _forward(x, w1, b1, w2, b2, activation, dropout_p, seed)
+        return _forward(x, w1, b1, w2, b2, seed, activation, dropout_p)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *tensors, seed = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = _grad_tokens(dy, *tensors, *ctx.settings, seed) if ctx.needs_input_grad[0] else None
-        weights = _grad_weights(dy, *tensors, *ctx.settings, seed) if any(ctx.needs_input_grad[1:5]) else [None] * 4
+        arguments = (dy.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        dx = _grad_tokens(*arguments) if ctx.needs_input_grad[0] else None
+        weights = _grad_weights(*arguments) if any(ctx.needs_input_grad[1:5]) else [None] * 4
         return dx, *weights, None, None, None
 
 
-def ffn_triton(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    activation: str,
-    dropout_p: float,
-    seed: torch.Tensor | None,
-) -> torch.Tensor:
+def ffn_triton(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
+               activation: str, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
     """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps."""
     dim = x.shape[-1]
     if dim > MAX_DIM:
@@ -345,9 +300,12 @@ def aot_specs() -> list[Spec]:
         kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32"}
         constants = {"D": dim, "DP": dim, "HIDDEN": 256, "ACTIVATION": 0, "DROPOUT": True, "STAGES": STAGES,
                      "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
-        for kernel, tile in zip((_forward_kernel, _token_kernel, _weight_kernel), tiles, strict=True):
-            constexprs = constants | {"BM": tile.tokens, "BH": tile.units}
+        launches = [(_forward_kernel, tiles.forward, {}), (_token_kernel, tiles.token, {})]
+        launches += [(_weight_kernel, tiles.weight, {"LAYERS": layers}) for layers in tiles.passes]
+        for kernel, tile, extra in launches:
+            constexprs = constants | {"BM": tile.tokens, "BH": tile.units} | extra
             signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
-            name = f"{kernel.__name__[1:]} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
+            part = "" if len(tiles.passes) == 1 or not extra else f" of layer {extra['LAYERS']}"
+            name = f"{kernel.__name__[1:]}{part} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
             specs.append(Spec(kernel, signature, constexprs, tile.warps, name, (cc,)))
     return specs

@@ -154,7 +154,7 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     tokens, dim, hidden = 70, 64, 72
     x, w1, b1, w2, b2 = (t.contiguous() for t in ffn_inputs(tokens, dim, hidden, torch.float32))
     dy, seed = torch.randn(tokens, dim), torch.tensor([SEED])
-    tiles, _ = kernels._tiles(dim, torch.float32, 0)
+    tiles, _ = kernels.tiles_for(dim, torch.float32, 0)
 
     def times(found: Counter, tensor: torch.Tensor) -> set[int]:
         return {found[tensor.data_ptr() + 4 * i] for i in range(tensor.numel())}
@@ -163,17 +163,17 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         return {-(-tokens // tile.tokens)}
 
     accesses = counting(monkeypatch)
-    y = kernels._forward(x, w1, b1, w2, b2, 0, 0.1, seed)
+    y = kernels._forward(x, w1, b1, w2, b2, seed, 0, 0.1)
     assert [times(accesses["load"], t) for t in (x, w1, b1, w2, b2)] == [{1}, *[per_tile(tiles.forward)] * 4]
     assert times(accesses["store"], y) == {1} and accesses["store"].total() == y.numel()
 
     accesses = counting(monkeypatch)
-    dx = kernels._grad_tokens(dy, x, w1, b1, w2, 0, 0.1, seed)
+    dx = kernels._grad_tokens(dy, x, w1, b1, w2, seed, 0, 0.1)
     assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [{1}, {1}, *[per_tile(tiles.token)] * 3]
     assert times(accesses["store"], dx) == {1} and accesses["store"].total() == dx.numel()
 
     accesses = counting(monkeypatch)
-    kernels._grad_weights(dy, x, w1, b1, w2, 0, 0.1, seed)
+    kernels._grad_weights(dy, x, w1, b1, w2, seed, 0, 0.1)
     slices = -(-hidden // tiles.weight.units)
     parts = kernels._programs_a_slice(tiles.weight, tokens, hidden, x.device)
     assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [*[{slices}] * 2, *[{parts}] * 3]

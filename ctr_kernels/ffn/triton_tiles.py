@@ -1,0 +1,56 @@
+"""The launch configurations of the feed-forward network's Triton kernels."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..triton_support import input_precision
+
+
+class Tile(NamedTuple):
+    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), and warps."""
+
+    tokens: int
+    units: int
+    warps: int
+
+
+class Tiles(NamedTuple):
+    """The launch configurations of the three kernels, and the passes of the third (its LAYERS)."""
+
+    forward: Tile
+    token: Tile
+    weight: Tile
+    passes: tuple[int, ...] = (3,)
+
+
+# By arithmetic ("half": fp16 and bf16), whether D exceeds 64, and architecture (sm_80 stands for all but 9x and 10x).
+# Chosen by what ptxas says: no spills, then the larger tile; where both sums of a wide slice spill, each has its pass.
+TILES: dict[tuple[str, bool, int], Tiles] = {
+    ("half", False, 80): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
+    ("half", False, 90): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 4)),
+    ("half", False, 100): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 8)),
+    ("half", True, 80): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 32, 4)),
+    ("half", True, 90): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
+    ("half", True, 100): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
+    ("tf32", False, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 4)),
+    ("tf32", False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 8)),
+    ("tf32", False, 100): Tiles(Tile(128, 32, 8), Tile(64, 64, 8), Tile(32, 64, 8)),
+    ("tf32", True, 80): Tiles(Tile(64, 32, 4), Tile(32, 32, 4), Tile(16, 32, 4)),
+    ("tf32", True, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(16, 32, 4)),
+    ("tf32", True, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    ("tf32x3", False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+    ("tf32x3", False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 8)),
+    ("tf32x3", False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    ("tf32x3", True, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+    ("tf32x3", True, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(32, 32, 8), (1, 2)),
+    ("tf32x3", True, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(32, 32, 8), (1, 2)),
+}
+STAGES = 2  # tiles in flight while one is worked on
+
+
+def tiles_for(dim: int, dtype: torch.dtype, cc: int) -> tuple[Tiles, str]:
+    """Launch configurations and input precision for D = dim on sm_<cc>; 0 is the interpreter."""
+    precision = input_precision(dtype)
+    arithmetic = precision if dtype == torch.float32 else "half"
+    return TILES[arithmetic, dim > 64, cc // 10 * 10 if cc // 10 in (9, 10) else 80], precision
