@@ -51,6 +51,8 @@ NAME = "ctr-train"
 @click.option("--deterministic", is_flag=True, default=None, help="Only deterministic algorithms; slower on CUDA.")
 @click.option("--kernels", type=click.Choice(["auto", "eager", "native", "triton"]), help="Backend of the operations.  "
               "[default: auto]")
+@click.option("--cuda-graph/--no-cuda-graph", default=None, help="Run a training step as one CUDA graph.  [default: on "
+              "CUDA with triton kernels]")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: torch's]")
 def command(model: str | None, recipe: str | None, out: Path | None, resume: bool | None, skip_if_done: bool | None,

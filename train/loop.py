@@ -18,8 +18,9 @@ from .data.dataset import Part, Split
 from .data.loader import Batch, Loader
 from .errors import UserError
 from .evaluate import evaluate
+from .graph import GraphedStep, Recorder
 from .interrupt import Interrupt
-from .optim import make_optimizers
+from .optim import load_optimizer, make_optimizers
 from .progress import TrainingProgress
 from .runlog import RunLog
 from .schedule import make_schedulers
@@ -40,6 +41,7 @@ class Trainer:
         model: on the loader's device.
         loader: training batches.
         valid: rows for the evaluations during training.
+        recorder: records the step, so that it runs as one CUDA graph; None: each kernel is launched by itself.
 
     Attributes:
         step: steps done, by this process or by one before it.
@@ -47,7 +49,7 @@ class Trainer:
     """
 
     def __init__(self, directory: Path, *, config: dict[str, Any], artifacts: Artifacts, model: CTRModel,
-                 loader: Loader, valid: Split | Part) -> None:
+                 loader: Loader, valid: Split | Part, recorder: Recorder | None = None) -> None:
         self.directory, self.config, self.artifacts = directory, config, artifacts
         self.model, self.loader, self.valid, self.device = model, loader, valid, loader.device
         self.optimizers = make_optimizers(
@@ -55,6 +57,8 @@ class Trainer:
             lr=config["lr"], weight_decay=config["weight_decay"], kernels=config["kernels"])
         self.total_steps = config["total_steps"]
         self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
+        self._run_step = self._update if recorder is None else GraphedStep(self._update, self.optimizers, recorder,
+                                                                           loader.settle)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self._saved_step: int | None = None
@@ -63,10 +67,10 @@ class Trainer:
         self._log_every = max(1, self.total_steps // LOG_LINES)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from a loaded checkpoint, random generators included."""
+        """Go on from a loaded checkpoint, random generators included; before the first step."""
         self.model.load_state_dict(content["model"])
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            load_optimizer(optimizer, state)
         for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         self.loader.load_state_dict(content["loader"])
@@ -116,19 +120,22 @@ class Trainer:
         while True:
             yield from self.loader
 
-    def _train_step(self, batch: Batch) -> None:
+    def _update(self, batch: Batch) -> torch.Tensor:
+        """Train on a batch; its loss [], that of the weights before."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config["precision"] == "bf16"):
             logits = self.model(batch.dense, batch.sparse)
         loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
-        self._losses.append(loss.detach())
-        if len(self._losses) >= self._check_every:
-            self._read_losses(self.step + 1)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self._lr = self.optimizers[1].param_groups[0]["lr"]
         for optimizer in self.optimizers:
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has that memory
+        return loss.detach()
+
+    def _train_step(self, batch: Batch) -> None:
+        self._losses.append(self._run_step(batch))
+        if len(self._losses) >= self._check_every:
+            self._read_losses(self.step + 1)
+        self._lr = self.optimizers[1].param_groups[0]["lr"]
         for scheduler in self.schedulers:
             scheduler.step()
         self.step += 1

@@ -1,11 +1,14 @@
 """The two optimizers of a model: sparse row updates for the embedding tables, AdamW for all else."""
 
+from typing import Any
+
 import torch
 
 from ctr_kernels import SparseRowwiseAdagrad, SparseSGD
 from ctr_models import CTRModel
 
 EMBEDDING_OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad}
+MACHINE_FLAGS = ("foreach", "fused", "capturable")  # of a param group: how the device computes, not what
 
 
 def make_optimizers(
@@ -27,4 +30,13 @@ def make_optimizers(
         raise ValueError(f"embedding_optimizer={embedding_optimizer!r}: choose one of "
                          f"{', '.join(EMBEDDING_OPTIMIZERS)}")
     rows = EMBEDDING_OPTIMIZERS[embedding_optimizer](model.embedding_parameters(), lr=embedding_lr, kernels=kernels)
-    return [rows, torch.optim.AdamW(model.dense_parameter_groups(weight_decay), lr=lr)]
+    groups = model.dense_parameter_groups(weight_decay)
+    on_cuda = any(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
+    return [rows, torch.optim.AdamW(groups, lr=lr, fused=True, capturable=on_cuda)]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict(state)`, whatever device the state was saved on."""
+    groups = [{**saved, **{flag: group[flag] for flag in MACHINE_FLAGS if flag in group}}
+              for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})

@@ -16,6 +16,7 @@ from .default_data import default_data
 from .errors import UserError
 from .evaluate import gold_report
 from .files import read_json, write_json
+from .graph import CudaRecorder, choose_cuda_graph
 from .interrupt import Interrupt
 from .loop import Trainer
 from .machine import choose_device, resolve_kernels, set_up_torch, versions
@@ -23,7 +24,7 @@ from .recipes import resolve_recipe
 from .runlog import read_log, rows_per_second
 
 # Settings that an interrupted run takes anew when it goes on; all others must stay as they were.
-MACHINE = ("data", "device", "threads", "kernels")
+MACHINE = ("data", "device", "threads", "kernels", "cuda_graph")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Request:
 
     Attributes:
         hyperparameters: names as in `recipes.Recipe`.
-        machine: "data", "device", "threads", "kernels".
+        machine: "data", "device", "threads", "kernels", "cuda_graph".
     """
 
     model: str | None = None
@@ -111,6 +112,7 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
                  deterministic=settings["deterministic"])
     kernels = settings["kernels"] or "auto"
     resolved = resolve_kernels(kernels, device, settings["model"])
+    graphed = choose_cuda_graph(settings["cuda_graph"], device, resolved)
     data = Path(settings["data"]) if settings["data"] else default_data()
     artifacts, train, valid, gold = _open_data(data)
     if checkpoint is not None:
@@ -120,8 +122,9 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
     steps_in_epoch = min(settings["steps_per_epoch"] or len(loader), len(loader))
     config = {
         **settings, "data": str(data.resolve()), "device": str(device), "threads": torch.get_num_threads(),
-        "kernels": kernels, "kernels_resolved": resolved, "hash_bins": artifacts.hash_bins,
-        "num_dense": artifacts.num_dense, "train_rows": train.rows, "steps_in_epoch": steps_in_epoch,
+        "kernels": kernels, "kernels_resolved": resolved, "cuda_graph_resolved": graphed,
+        "hash_bins": artifacts.hash_bins, "num_dense": artifacts.num_dense, "train_rows": train.rows,
+        "steps_in_epoch": steps_in_epoch,
         "total_steps": settings["epochs"] * steps_in_epoch, "versions": versions(),
     }
     torch.manual_seed(settings["seed"])
@@ -130,7 +133,7 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
     write_json(directory / "config.json", config)
     artifacts.save(directory)
     trainer = Trainer(directory, config=config, artifacts=artifacts, model=model, loader=loader,
-                      valid=_selection_rows(valid, gold))
+                      valid=_selection_rows(valid, gold), recorder=CudaRecorder(device) if graphed else None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         click.echo(f"going on after step {trainer.step:,} of {trainer.total_steps:,}", err=True)

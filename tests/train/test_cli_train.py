@@ -1,6 +1,7 @@
 """`ctr-train` as its users run it: a run from start to result, interruptions, and every mistake as one sentence."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import pty
@@ -21,6 +22,8 @@ from ctr_kernels import backends
 from ctr_train import cli_train, default_data
 from ctr_train.checkpoint import build_model, load_checkpoint
 from ctr_train.data.artifacts import Artifacts
+from ctr_train.data.prepare import prepare
+from ctr_train.data.synth import write_synthetic
 from ctr_train.evaluate import gold_report
 from ctr_train.recipes import HYPERPARAMETERS, resolve_recipe
 from ctr_train.runlog import read_log, rows_per_second
@@ -213,6 +216,8 @@ def test_a_mistake_leaves_a_process_with_one_line_and_code_1():
     (("--model", "dcnv2", "--device", "cuda:99"), "--device cuda:99: this machine has"),
     (("--model", "dcnv2", "--device", "abacus"), "--device abacus: choose cpu, cuda or cuda:N"),
     (("--model", "dcnv2", "--kernels", "triton", "--device", "cpu"), "--kernels triton: kernels='triton' "),
+    (("--model", "ft", "--kernels", "triton", "--device", "cpu"), "--kernels triton: kernels='triton' cannot run: "),
+    (("--model", "ft", "--cuda-graph", "--device", "cpu"), "--cuda-graph: the device is cpu, and CUDA graphs need"),
     (("--model", "dcnv2", "--out", "/proc/none/run"), "/proc/none"),
     (("--model", "dcnv2", "--lr", "1e30", "--batch-size", "64"), "there is no earlier checkpoint; try a lower --lr"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
@@ -281,3 +286,32 @@ def test_without_data_synthetic_rows_are_made_once(tmp_path, monkeypatch, capsys
     assert default_data.default_data(rows=2000, seed=4, hash_bins=500) == directory
     assert (directory / "train.arrow").stat().st_mtime_ns == made
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory) -> Path:
+    """Prepared data of 400 rows, 2 of them gold: Triton's interpreter is slow."""
+    directory = tmp_path_factory.mktemp("few")
+    write_synthetic(directory / "raw.tsv", rows=400, seed=2)
+    prepare([directory / "raw.tsv"], directory / "prepared", hash_bins=200, valid_ratio=0.1, gold_rows=2,
+            missing_indicator=False, on_bad_line="error", progress=None)
+    return directory / "prepared"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("model", ["ft", "autoint", "dcnv2"])
+def test_triton_kernels_train_as_eager_ones_do(ctr_train, few_rows, tmp_path, model):
+    """In Triton's interpreter: three steps with dropout, whose masks are the same, then the gold rows."""
+    arguments = ["--model", model, "--data", str(few_rows), "--batch-size", "2", "--steps-per-epoch", "3",
+                 "--epochs", "1", "--dropout", "0.1", "--warmup", "0", "--device", "cpu", "--threads", "1"]
+    done = subprocess.run([*COMMAND, *arguments, "--kernels", "triton", "--out", str(tmp_path / "triton")],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    assert ctr_train(*arguments, "--kernels", "eager", "--out", "eager").returncode == 0
+    results = []
+    for run in ("triton", "eager"):
+        assert set(read(tmp_path / run / "config.json")["kernels_resolved"].values()) == {run}
+        gold = read(tmp_path / run / "gold.json")
+        results.append([*(entry["loss"] for entry in read_log(tmp_path / run)), gold["logloss"]])
+    assert len(results[0]) == 4
+    assert results[0] == pytest.approx(results[1], abs=1e-5)

@@ -8,68 +8,12 @@ import pytest
 import torch
 
 from ctr_train import loop
-from ctr_train.checkpoint import build_model, load_checkpoint
-from ctr_train.data.artifacts import Artifacts
-from ctr_train.data.dataset import open_split
-from ctr_train.data.loader import Loader
+from ctr_train.checkpoint import load_checkpoint
 from ctr_train.errors import UserError
-from ctr_train.interrupt import Interrupt
 from ctr_train.loop import Trainer
-from ctr_train.recipes import resolve_recipe
 from ctr_train.runlog import read_log
 
 STEPS = 60
-
-
-class StopAfter(Interrupt):
-    """Ctrl-C pressed during a given step of the trainer."""
-
-    def __init__(self, step: int) -> None:
-        self.trainer, self.step = None, step
-
-    @property
-    def requested(self) -> bool:
-        return self.trainer.step >= self.step
-
-
-NEVER = 10**9
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Batches this small gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def make_trainer(prepared, tmp_path):
-    """(directory name, **settings) -> a trainer as `run.py` makes it, and its StopAfter."""
-    loaders = []
-
-    def make(name: str, *, stop_after: int = NEVER, model: str = "ft", steps: int = STEPS, **settings) -> tuple:
-        hyperparameters = {"batch_size": 32, "lr": 1e-3, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
-        config = {
-            "model": model, **resolve_recipe("default", model, {**hyperparameters, **settings}), "kernels": "auto",
-            "hash_bins": 1000, "total_steps": steps, "steps_in_epoch": steps,
-        }
-        torch.manual_seed(0)
-        artifacts = Artifacts.load(prepared)
-        loader = Loader(open_split(prepared, "train"), batch_size=config["batch_size"], shuffle=True, seed=0,
-                        drop_last=True)
-        loaders.append(loader)
-        (tmp_path / name).mkdir(exist_ok=True)
-        trainer = Trainer(tmp_path / name, config=config, artifacts=artifacts, loader=loader,
-                          model=build_model(config, artifacts.num_dense, "auto"), valid=open_split(prepared, "gold"))
-        stop = StopAfter(stop_after)
-        stop.trainer = trainer
-        return trainer, stop
-
-    yield make
-    for loader in loaders:
-        loader.close()
 
 
 def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:

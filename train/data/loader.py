@@ -118,6 +118,10 @@ class Loader:
                                 "the order of the rows would differ")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
+    def settle(self) -> None:
+        """Wait until the thread has gathered all that it was asked for; until the next batch it then rests."""
+        self._thread.submit(lambda: None).result()
+
     def close(self) -> None:
         """End the background thread; the loader cannot be iterated afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
