@@ -68,12 +68,24 @@ struct LinearArgs {
   float* grad_x;        // [tokens, in], backward only
 };
 
+enum class RowRule { sgd, rowwise_adagrad, adagrad, lazy_adam };
+
+// One step of a rule as ctr_kernels/sparse_update/rule.py defines it.
 struct RowUpdate {
-  float* weight;      // [num_rows, dim]
-  float* state;       // [num_rows], null for SGD
-  const float* rows;  // [n, dim]
-  int64_t dim;
-  float lr, eps;
+  RowRule rule;
+  Type weight_type, rows_type, state_type;
+  int64_t num_rows, dim;
+  void* weight;      // [num_rows, dim]
+  const void* rows;  // [n, dim]
+  void* first;       // fp32 [num_rows] (rowwise) or [num_rows, dim]; null for SGD
+  void* second;      // [num_rows, dim], null but for Adam
+  int32_t* last;     // [num_rows], null where decay does not count steps
+  float rate, eps;
+  float fresh1, fresh2;  // 1 - beta1, 1 - beta2
+  float keep;        // what decay leaves of a weight in one step
+  double log2_keep;  // its logarithm
+  int32_t step;
+  uint64_t key;      // of the stochastic rounding of bf16
 };
 
 struct KernelTable {

@@ -29,9 +29,10 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_out, Tensor x, Tensor weight);
 void use_huge_pages(Tensor table);
 int64_t first_bad_id(Tensor ids, int64_t num_rows);
-Tensor embedding_lookup(Tensor weight, Tensor ids);
-void sparse_sgd(Tensor weight, Tensor ids, Tensor rows, double lr);
-void sparse_rowwise_adagrad(Tensor weight, Tensor state, Tensor ids, Tensor rows, double lr, double eps);
+Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen);
+void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> last,
+                   Tensor ids, Tensor rows, int64_t rule, double lr, double weight_decay, double eps, double beta1,
+                   double beta2, int64_t step, int64_t seed);
 }  // namespace ctr
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CompositeExplicitAutograd, m) {
@@ -51,6 +52,5 @@ STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
   m.impl("use_huge_pages", TORCH_BOX(&ctr::use_huge_pages));
   m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));
   m.impl("embedding_lookup", TORCH_BOX(&ctr::embedding_lookup));
-  m.impl("sparse_sgd", TORCH_BOX(&ctr::sparse_sgd));
-  m.impl("sparse_rowwise_adagrad", TORCH_BOX(&ctr::sparse_rowwise_adagrad));
+  m.impl("sparse_update", TORCH_BOX(&ctr::sparse_update));
 }

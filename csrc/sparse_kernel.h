@@ -3,44 +3,122 @@
 #pragma once
 #include <cmath>
 
+#include "convert.h"
 #include "kernels.h"
+#include "philox_vector.h"
 #include "simd.h"
 
 namespace ctr {
 namespace CTR_ISA {
 
 constexpr int64_t kAhead = 8;        // pairs; more of them lose lines again before they are used
-constexpr int64_t kMaxRowFloats = 1024;  // of a sum kept on the stack at a time
+constexpr int64_t kMaxRowFloats = 1024;  // of a row worked on at a time, so that its sums fit on the stack
 
 inline int64_t id_of(uint64_t pair) { return static_cast<int64_t>(pair >> 32); }
 inline int64_t position_of(uint64_t pair) { return static_cast<int64_t>(pair & 0xFFFFFFFFu); }
+inline int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+inline char* element(const void* data, Type type, int64_t index) {
+  return const_cast<char*>(static_cast<const char*>(data)) + index * size_of(type);
+}
 
 // Always inlined: GCC takes a function that only prefetches for one without effect, and drops the call.
-__attribute__((always_inline)) inline void prefetch_row(const float* row, int64_t dim, bool write) {
-  for (int64_t c = 0; c < dim; c += 16) {
-    if (write) __builtin_prefetch(row + c, 1, 3);
-    else __builtin_prefetch(row + c, 0, 3);
+__attribute__((always_inline)) inline void prefetch(const char* from, int64_t bytes, bool write) {
+  for (int64_t b = 0; b < bytes; b += 64) {
+    if (write) __builtin_prefetch(from + b, 1, 3);
+    else __builtin_prefetch(from + b, 0, 3);
   }
 }
 
-// out[0..width) = the sum of the run's rows from column `first` on, in fp32, in order of position.
-inline void sum_run(const RowUpdate& args, const uint64_t* run, int64_t length, int64_t first, int64_t width,
-                    float* out) {
-  const float* row = args.rows + position_of(run[0]) * args.dim + first;
-  std::memcpy(out, row, width * sizeof(float));
+__attribute__((always_inline)) inline void prefetch_row(const void* data, Type type, int64_t row, int64_t dim,
+                                                        bool write) {
+  prefetch(element(data, type, row * dim), dim * size_of(type), write);
+}
+
+// 16 bits for each of the columns [first, first + width) of a row, as rule.py draws them; first is a multiple of 8,
+// and out has room for width rounded up to a multiple of 8 kPairs.
+inline void rounding_bits(const RowUpdate& args, int which, int64_t id, int64_t first, int64_t width, uint32_t* out) {
+  const uint64_t groups = static_cast<uint64_t>(args.dim + 7) / 8;
+  uint64_t counter = (which * static_cast<uint64_t>(args.num_rows) + id) * groups + first / 8;
+  U64 lanes;
+  for (int lane = 0; lane < kPairs; ++lane) lanes[lane] = lane;
+  for (int64_t c = 0; c < width; c += 8 * kPairs, counter += kPairs) {
+    const PhiloxWords words = philox_pairs(args.key, lanes + counter);
+    uint64_t drawn[4][kPairs];
+    for (int w = 0; w < 4; ++w) std::memcpy(drawn[w], &words.word[w], sizeof(U64));
+    for (int lane = 0; lane < kPairs; ++lane)
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t word = static_cast<uint32_t>(drawn[w][lane]);
+        out[c + lane * 8 + 2 * w] = word & 0xFFFFu;
+        out[c + lane * 8 + 2 * w + 1] = word >> 16;
+      }
+  }
+}
+
+// Part of a row in fp32: the memory itself where it is fp32, else a copy that is rounded back at the end.
+class RowPart {
+ public:
+  RowPart(const RowUpdate& args, void* data, Type type, int which, int64_t id, int64_t first, int64_t width)
+      : args_(args), which_(which), id_(id), first_(first), width_(width) {
+    char* memory = element(data, type, id * args.dim + first);
+    if (type == Type::f32) {
+      values_ = reinterpret_cast<float*>(memory);
+    } else {
+      packed_ = reinterpret_cast<uint16_t*>(memory);
+      values_ = copy_;
+      for (int64_t c = 0; c < width; ++c) copy_[c] = from_bf16(packed_[c]);
+    }
+  }
+  float* values() { return values_; }
+  void write_back() {
+    if (packed_ == nullptr) return;
+    uint32_t noise[kMaxRowFloats];
+    rounding_bits(args_, which_, id_, first_, width_, noise);
+    for (int64_t c = 0; c < width_; ++c) {
+      uint32_t bits;
+      std::memcpy(&bits, copy_ + c, 4);
+      const bool finite = (bits & 0x7F800000u) != 0x7F800000u, nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+      bits += finite ? noise[c] : 0u;
+      packed_[c] = static_cast<uint16_t>(bits >> 16 | (nan ? 0x40u : 0u));
+    }
+  }
+
+ private:
+  const RowUpdate& args_;
+  int which_;
+  int64_t id_, first_, width_;
+  float* values_;
+  uint16_t* packed_ = nullptr;
+  alignas(64) float copy_[kMaxRowFloats];
+};
+
+// The sum of the run's rows, columns [first, first + width), in fp32, in order of position: the row itself where it is
+// the only one and fp32, else out.
+inline const float* sum_run(const RowUpdate& args, const uint64_t* run, int64_t length, int64_t first, int64_t width,
+                            float* out) {
+  const auto at = [&](int64_t i) { return element(args.rows, args.rows_type, position_of(run[i]) * args.dim + first); };
+  if (args.rows_type == Type::f32 && length == 1) return reinterpret_cast<const float*>(at(0));
+  if (args.rows_type == Type::f32) std::memcpy(out, at(0), width * sizeof(float));
+  else read_rows(Type::bf16, at(0), 0, 1, width, out, width);
   for (int64_t i = 1; i < length; ++i) {
-    if (i + kAhead < length) prefetch_row(args.rows + position_of(run[i + kAhead]) * args.dim + first, width, false);
-    row = args.rows + position_of(run[i]) * args.dim + first;
+    if (i + kAhead < length) prefetch(at(i + kAhead), width * size_of(args.rows_type), false);
+    if (args.rows_type == Type::bf16) {
+      const auto* row = reinterpret_cast<const uint16_t*>(at(i));
+      for (int64_t c = 0; c < width; ++c) out[c] += from_bf16(row[c]);
+      continue;
+    }
+    const auto* row = reinterpret_cast<const float*>(at(i));
     int64_t c = 0;
     for (; c + W <= width; c += W) store(out + c, load(out + c) + load(row + c));
     for (; c < width; ++c) out[c] += row[c];
   }
+  return out;
 }
 
-inline void descend(float* weight, const float* grad, int64_t width, float step) {
+inline void descend(float* weight, const float* grad, int64_t width, float step, float keep) {
   int64_t c = 0;
-  for (; c + W <= width; c += W) store(weight + c, load(weight + c) - load(grad + c) * step);
-  for (; c < width; ++c) weight[c] -= grad[c] * step;
+  for (; c + W <= width; c += W) store(weight + c, load(weight + c) * keep - load(grad + c) * step);
+  for (; c < width; ++c) weight[c] = weight[c] * keep - grad[c] * step;
 }
 
 inline float sum_of_squares(const float* grad, int64_t width) {
@@ -52,44 +130,91 @@ inline float sum_of_squares(const float* grad, int64_t width) {
   return total;
 }
 
-inline void update_row(const RowUpdate& args, const uint64_t* run, int64_t length) {
-  const int64_t id = id_of(run[0]);
-  alignas(64) float sum[kMaxRowFloats];
-  float step = args.lr;
-  if (args.state != nullptr) {
-    float squares = 0.0f;
-    for (int64_t first = 0; first < args.dim; first += kMaxRowFloats) {
-      const int64_t width = args.dim - first < kMaxRowFloats ? args.dim - first : kMaxRowFloats;
-      sum_run(args, run, length, first, width, sum);
-      squares += sum_of_squares(sum, width);
-    }
-    args.state[id] += squares / static_cast<float>(args.dim);
-    step = args.lr / (std::sqrt(args.state[id]) + args.eps);
-  }
+// The step of rowwise Adagrad, after the squares of all columns are known; grad: the sum of the last columns.
+inline float rowwise_step(const RowUpdate& args, const uint64_t* run, int64_t length, float* sum,
+                          const float*& grad) {
+  float squares = 0.0f;
   for (int64_t first = 0; first < args.dim; first += kMaxRowFloats) {
     const int64_t width = args.dim - first < kMaxRowFloats ? args.dim - first : kMaxRowFloats;
-    float* weight = args.weight + id * args.dim + first;
-    if (length == 1) {
-      descend(weight, args.rows + position_of(run[0]) * args.dim + first, width, step);
-      continue;
+    grad = sum_run(args, run, length, first, width, sum);
+    squares += sum_of_squares(grad, width);
+  }
+  float& total = static_cast<float*>(args.first)[id_of(run[0])];
+  total += squares / static_cast<float>(args.dim);
+  return args.rate / (std::sqrt(total) + args.eps);
+}
+
+inline float keep_of(const RowUpdate& args, int64_t id) {
+  if (args.last == nullptr) return args.keep;
+  const int32_t steps = args.step - args.last[id];
+  args.last[id] = args.step;
+  return steps == 1 ? args.keep : static_cast<float>(std::exp2(steps * args.log2_keep));
+}
+
+template <RowRule rule>
+void update_row(const RowUpdate& args, const uint64_t* run, int64_t length) {
+  const int64_t id = id_of(run[0]);
+  alignas(64) float sum[kMaxRowFloats];
+  const float keep = keep_of(args, id);
+  const float* grad = nullptr;
+  const float step = rule == RowRule::rowwise_adagrad ? rowwise_step(args, run, length, sum, grad) : args.rate;
+  for (int64_t first = 0; first < args.dim; first += kMaxRowFloats) {
+    const int64_t width = args.dim - first < kMaxRowFloats ? args.dim - first : kMaxRowFloats;
+    if (grad == nullptr || args.dim > kMaxRowFloats) grad = sum_run(args, run, length, first, width, sum);
+    RowPart row(args, args.weight, args.weight_type, 0, id, first, width);
+    float* __restrict weight = row.values();
+    if constexpr (rule == RowRule::adagrad) {
+      float* __restrict total = static_cast<float*>(args.first) + id * args.dim + first;
+      for (int64_t c = 0; c < width; ++c) {
+        total[c] += grad[c] * grad[c];
+        weight[c] = weight[c] * keep - step * (grad[c] / (std::sqrt(total[c]) + args.eps));
+      }
+    } else if constexpr (rule == RowRule::lazy_adam) {
+      RowPart first_moment(args, args.first, args.state_type, 1, id, first, width);
+      RowPart second_moment(args, args.second, args.state_type, 2, id, first, width);
+      float* __restrict mean = first_moment.values();
+      float* __restrict square = second_moment.values();
+      for (int64_t c = 0; c < width; ++c) {
+        mean[c] += args.fresh1 * (grad[c] - mean[c]);
+        square[c] += args.fresh2 * (grad[c] * grad[c] - square[c]);
+        weight[c] = weight[c] * keep - step * (mean[c] / (std::sqrt(square[c]) + args.eps));
+      }
+      first_moment.write_back();
+      second_moment.write_back();
+    } else {
+      descend(weight, grad, width, step, keep);
     }
-    if (args.state == nullptr || args.dim > kMaxRowFloats) sum_run(args, run, length, first, width, sum);
-    descend(weight, sum, width, step);
+    row.write_back();
+  }
+}
+
+template <RowRule rule>
+void update_rows_by(const RowUpdate& args, const uint64_t* sorted, int64_t n) {
+  constexpr bool elementwise = rule == RowRule::adagrad || rule == RowRule::lazy_adam;
+  int64_t fetched = 0;
+  for (int64_t first = 0; first < n;) {
+    for (; fetched < n && fetched <= first + kAhead; ++fetched) {
+      const int64_t id = id_of(sorted[fetched]);
+      prefetch_row(args.rows, args.rows_type, position_of(sorted[fetched]), args.dim, false);
+      prefetch_row(args.weight, args.weight_type, id, args.dim, true);
+      if (rule == RowRule::rowwise_adagrad) __builtin_prefetch(static_cast<float*>(args.first) + id, 1, 3);
+      if (elementwise) prefetch_row(args.first, args.state_type, id, args.dim, true);
+      if (rule == RowRule::lazy_adam) prefetch_row(args.second, args.state_type, id, args.dim, true);
+      if (args.last != nullptr) __builtin_prefetch(args.last + id, 1, 3);
+    }
+    int64_t last = first + 1;
+    while (last < n && id_of(sorted[last]) == id_of(sorted[first])) ++last;
+    update_row<rule>(args, sorted + first, last - first);
+    first = last;
   }
 }
 
 inline void update_rows(const RowUpdate& args, const uint64_t* sorted, int64_t n) {
-  int64_t fetched = 0;
-  for (int64_t first = 0; first < n;) {
-    for (; fetched < n && fetched <= first + kAhead; ++fetched) {
-      prefetch_row(args.rows + position_of(sorted[fetched]) * args.dim, args.dim, false);
-      prefetch_row(args.weight + id_of(sorted[fetched]) * args.dim, args.dim, true);
-      if (args.state != nullptr) __builtin_prefetch(args.state + id_of(sorted[fetched]), 1, 3);
-    }
-    int64_t last = first + 1;
-    while (last < n && id_of(sorted[last]) == id_of(sorted[first])) ++last;
-    update_row(args, sorted + first, last - first);
-    first = last;
+  switch (args.rule) {
+    case RowRule::sgd: return update_rows_by<RowRule::sgd>(args, sorted, n);
+    case RowRule::rowwise_adagrad: return update_rows_by<RowRule::rowwise_adagrad>(args, sorted, n);
+    case RowRule::adagrad: return update_rows_by<RowRule::adagrad>(args, sorted, n);
+    case RowRule::lazy_adam: return update_rows_by<RowRule::lazy_adam>(args, sorted, n);
   }
 }
 

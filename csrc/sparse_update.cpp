@@ -117,28 +117,13 @@ int64_t run_start(const SortedIds& sorted, int64_t i) {
   return i;
 }
 
-void update(const Tensor& weight, float* state, const Tensor& ids, const Tensor& rows, double lr, double eps) {
-  check_type(weight, ScalarType::Float, "weight");
-  check_type(rows, ScalarType::Float, "rows");
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be [num_rows, dim] and contiguous");
-  const int64_t num_rows = weight.size(0), dim = weight.size(1);
-  const Ids all = ids_of(ids);
-  check_shape(rows, {all.count, dim}, "rows");
-  STD_TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous");
-  if (all.count == 0) return;
-  check_ids(all, num_rows);
-  const SortedIds sorted(all, num_rows);
-  const RowUpdate args{static_cast<float*>(weight.mutable_data_ptr()), state,
-                       static_cast<const float*>(rows.const_data_ptr()), dim, static_cast<float>(lr),
-                       static_cast<float>(eps)};
-  const KernelTable& kernels = kernels_for(0);
-  constexpr int64_t kTask = 2048;
-  const int64_t tasks = (all.count + kTask - 1) / kTask;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = run_start(sorted, first * kTask);
-    const int64_t end = run_start(sorted, std::min(last * kTask, all.count));
-    if (begin < end) kernels.update_rows(args, sorted.data() + begin, end - begin);
-  });
+// Checks a state tensor that a rule keeps, and gives its memory.
+template <class T>
+T* state_of(const std::optional<Tensor>& state, std::initializer_list<int64_t> shape, const char* name) {
+  STD_TORCH_CHECK(state.has_value(), name, " is missing, which the rule needs");
+  check_shape(*state, shape, name);
+  STD_TORCH_CHECK(state->is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(state->mutable_data_ptr());
 }
 
 }  // namespace
@@ -148,15 +133,16 @@ void use_huge_pages(Tensor table) { prefer_huge_pages(table); }
 
 int64_t first_bad_id(Tensor ids, int64_t num_rows) { return find_bad(ids_of(ids), num_rows); }
 
-// weight [num_rows, dim] of any dtype, ids of any shape [...] -> [..., dim].
-Tensor embedding_lookup(Tensor weight, Tensor ids) {
+// weight [num_rows, dim] of any dtype, ids of any shape [...] -> [..., dim]; widen: of a bf16 table, in fp32.
+Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be [num_rows, dim] and contiguous");
   const Ids all = ids_of(ids);
   check_ids(all, weight.size(0));
+  widen = widen && weight.scalar_type() == ScalarType::BFloat16;
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(weight.size(1));
-  Tensor out = new_output(shape, weight.scalar_type());
-  const int64_t bytes = weight.size(1) * static_cast<int64_t>(weight.element_size());
+  Tensor out = new_output(shape, widen ? ScalarType::Float : weight.scalar_type());
+  const int64_t dim = weight.size(1), bytes = dim * static_cast<int64_t>(weight.element_size());
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, all.count, 512, [&](int64_t first, int64_t last) {
@@ -164,21 +150,74 @@ Tensor embedding_lookup(Tensor weight, Tensor ids) {
     for (int64_t i = first; i < last; ++i) {
       if (i + kAhead < last)
         for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + all[i + kAhead] * bytes + b, 0, 3);
-      std::memcpy(to + i * bytes, from + all[i] * bytes, bytes);
+      const char* row = from + all[i] * bytes;
+      if (!widen) {
+        std::memcpy(to + i * bytes, row, bytes);
+        continue;
+      }
+      const auto* packed = reinterpret_cast<const uint16_t*>(row);
+      auto* wide = reinterpret_cast<uint32_t*>(to) + i * dim;
+      for (int64_t c = 0; c < dim; ++c) wide[c] = static_cast<uint32_t>(packed[c]) << 16;
     }
   });
   return out;
 }
 
-// weight[r] -= lr * (sum of the rows whose id is r), in place.
-void sparse_sgd(Tensor weight, Tensor ids, Tensor rows, double lr) { update(weight, nullptr, ids, rows, lr, 0.0); }
-
-// state[r] += mean(g_r^2); weight[r] -= lr * g_r / (sqrt(state[r]) + eps), in place.
-void sparse_rowwise_adagrad(Tensor weight, Tensor state, Tensor ids, Tensor rows, double lr, double eps) {
-  check_type(state, ScalarType::Float, "state");
-  check_shape(state, {weight.size(0)}, "state");
-  STD_TORCH_CHECK(state.is_contiguous(), "state must be contiguous");
-  update(weight, static_cast<float*>(state.mutable_data_ptr()), ids, rows, lr, eps);
+// One step of a rule, in place (see ctr_kernels/sparse_update/rule.py): duplicates are summed, then each row is read and
+// written once. rule: 0 SGD, 1 rowwise Adagrad, 2 Adagrad, 3 lazy Adam. Decay counts steps where `last` is given.
+void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> last,
+                   Tensor ids, Tensor rows, int64_t rule, double lr, double weight_decay, double eps, double beta1,
+                   double beta2, int64_t step, int64_t seed) {
+  RowUpdate args{};
+  args.weight_type = args.state_type = type_of(weight, "weight");
+  args.rows_type = type_of(rows, "rows");
+  STD_TORCH_CHECK(rule >= 0 && rule <= 3, "rule ", rule, " is none of 0, 1, 2 and 3");
+  args.rule = static_cast<RowRule>(rule);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be [num_rows, dim] and contiguous");
+  args.num_rows = weight.size(0);
+  args.dim = weight.size(1);
+  const Ids all = ids_of(ids);
+  check_shape(rows, {all.count, args.dim}, "rows");
+  STD_TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous");
+  double rate = lr;
+  if (args.rule == RowRule::lazy_adam) {
+    args.first = state_of<void>(first, {args.num_rows, args.dim}, "the first moment");
+    args.second = state_of<void>(second, {args.num_rows, args.dim}, "the second moment");
+    args.state_type = type_of(*first, "the first moment");
+    check_type(*second, first->scalar_type(), "the second moment");
+    rate *= std::sqrt(1.0 - std::pow(beta2, step)) / (1.0 - std::pow(beta1, step));
+  } else if (args.rule != RowRule::sgd) {
+    const bool rowwise = args.rule == RowRule::rowwise_adagrad;
+    args.first = rowwise ? state_of<void>(first, {args.num_rows}, "the accumulator")
+                         : state_of<void>(first, {args.num_rows, args.dim}, "the accumulator");
+    args.state_type = Type::f32;
+    STD_TORCH_CHECK(first->scalar_type() == ScalarType::Float, "the accumulator must be float32");
+  }
+  if (last.has_value()) {
+    STD_TORCH_CHECK(last->scalar_type() == ScalarType::Int, "last must be int32");
+    args.last = state_of<int32_t>(last, {args.num_rows}, "last");
+  }
+  if (all.count == 0) return;
+  check_ids(all, args.num_rows);
+  args.weight = weight.mutable_data_ptr();
+  args.rows = rows.const_data_ptr();
+  args.rate = static_cast<float>(rate);
+  args.eps = static_cast<float>(eps);
+  args.fresh1 = static_cast<float>(1.0 - beta1);
+  args.fresh2 = static_cast<float>(1.0 - beta2);
+  args.keep = static_cast<float>(1.0 - lr * weight_decay);
+  args.log2_keep = std::log2(1.0 - lr * weight_decay);
+  args.step = static_cast<int32_t>(step);
+  args.key = static_cast<uint64_t>(seed) + static_cast<uint64_t>(step) * 0x9E3779B97F4A7C15u;
+  const SortedIds sorted(all, args.num_rows);
+  const KernelTable& kernels = kernels_for(0);
+  constexpr int64_t kTask = 2048;
+  const int64_t tasks = (all.count + kTask - 1) / kTask;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
+    const int64_t begin = run_start(sorted, from * kTask);
+    const int64_t end = run_start(sorted, std::min(to * kTask, all.count));
+    if (begin < end) kernels.update_rows(args, sorted.data() + begin, end - begin);
+  });
 }
 
 }  // namespace ctr

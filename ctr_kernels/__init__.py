@@ -8,12 +8,14 @@ from .attention import field_attention
 from .backend import Backend, BackendUnavailable, backends
 from .ffn import ffn
 from .layer import TransformerLayer
-from .sparse_update import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
+from .sparse_update import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
     "EmbeddingTable",
+    "SparseAdagrad",
+    "SparseLazyAdam",
     "SparseRowwiseAdagrad",
     "SparseSGD",
     "TransformerLayer",

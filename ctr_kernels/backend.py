@@ -14,7 +14,7 @@ CHOICES = ("auto", "eager", "native", "triton")
 NATIVE_DTYPES = {
     "field_attention": (torch.float32, torch.bfloat16),
     "ffn": (torch.float32, torch.bfloat16),
-    "sparse_update": (torch.float32,),
+    "sparse_update": (torch.float32, torch.bfloat16),
 }
 
 # What the Triton kernels of every operation take.

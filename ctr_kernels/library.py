@@ -24,10 +24,10 @@ LIBRARY.define("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 LIBRARY.define("linear_backward(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define("use_huge_pages(Tensor(a!) table) -> ()")
 LIBRARY.define("first_bad_id(Tensor ids, int num_rows) -> int")
-LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids) -> Tensor")
-LIBRARY.define("sparse_sgd(Tensor(a!) weight, Tensor ids, Tensor rows, float lr) -> ()")
-LIBRARY.define("sparse_rowwise_adagrad(Tensor(a!) weight, Tensor(b!) state, Tensor ids, Tensor rows, float lr, "
-               "float eps) -> ()")
+LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids, bool widen) -> Tensor")
+LIBRARY.define("sparse_update(Tensor(a!) weight, Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? last, Tensor ids, "
+               "Tensor rows, int rule, float lr, float weight_decay, float eps, float beta1, float beta2, int step, "
+               "int seed) -> ()")
 
 
 def _load_native() -> str | None:

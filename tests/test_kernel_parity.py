@@ -8,13 +8,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import SEED, Tensors, assert_parity, check, ffn_inputs, with_gradients
 
-from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD, ffn, field_attention
+from ctr_kernels import (
+    EmbeddingTable,
+    SparseAdagrad,
+    SparseLazyAdam,
+    SparseRowwiseAdagrad,
+    SparseSGD,
+    ffn,
+    field_attention,
+)
 from ctr_kernels.attention.reference import field_attention_reference
 from ctr_kernels.ffn.reference import ffn_reference
 from ctr_kernels.philox import dropout_mask_torch
-from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sgd_reference
+from ctr_kernels.sparse_update.reference import update_reference
+from ctr_kernels.sparse_update.rule import RowState, Rule
 
 DTYPES = (torch.float32, torch.bfloat16)
+OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
+              "lazy-adam": SparseLazyAdam}
 
 properties = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -161,19 +172,17 @@ def id_batches(num_rows: int) -> list[torch.Tensor]:
     return [uniform[:0], uniform[:1, :1], uniform, skewed, column, torch.full((4096, 26), num_rows // 2)]
 
 
-@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (1000, 64), (3000, 13), (70, 1100)])
-@pytest.mark.parametrize("name", ["sgd", "adagrad"])
-def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int, id_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int) -> None:
     torch.manual_seed(7)
     for ids in id_batches(num_rows):
-        if ids.numel() * dim > 1e7:
+        if ids.numel() * dim > 1e7 or (name in ("adagrad", "lazy-adam") and len(ids) > 300):
             ids = ids[:100]
         table = EmbeddingTable(num_rows, dim, std=1.0, kernels=fused)
-        optimizer = (SparseSGD(table.parameters(), lr=0.1, kernels=fused) if name == "sgd"
-                     else SparseRowwiseAdagrad(table.parameters(), lr=0.1, kernels=fused))
+        optimizer = OPTIMIZERS[name](table.parameters(), lr=0.1, kernels=fused)
         before, rows = table.weight.detach().clone(), torch.randn(*ids.shape, dim)
-        for _ in range(2):  # the second step meets a state
+        for id_dtype in (torch.int32, torch.int64):  # the second step meets a state
             found = table(ids.to(id_dtype))
             found.backward(rows)
             assert table.weight.grad._values().shape[0] == ids.numel()  # no coalesced copy
@@ -181,17 +190,18 @@ def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int, id_dt
             optimizer.zero_grad()
         results = []
         for dtype in (torch.float32, torch.float64):
-            weight, state = before.to(dtype), torch.zeros(num_rows, dtype=dtype)
-            for _ in range(2):
+            weight = before.to(dtype, copy=True)
+            shape = (num_rows,) if name == "rowwise-adagrad" else (num_rows, dim)
+            first, second = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+            for step in (1, 2):
                 lookup = weight[ids]
-                if name == "sgd":
-                    sgd_reference(weight, ids.flatten(), rows.view(-1, dim).to(dtype), 0.1)
-                else:
-                    rowwise_adagrad_reference(weight, state, ids.flatten(), rows.view(-1, dim).to(dtype), 0.1, 1e-8)
-            results.append([lookup, weight, state])
+                update_reference(weight, ids.flatten(), rows.view(-1, dim).to(dtype), Rule(name, 0.1),
+                                 RowState(first, second, step=torch.tensor(step)))
+            results.append([lookup, weight, first, second])
         eager, exact = results
-        state = optimizer.state[table.weight].get("sum", torch.zeros(num_rows))
-        assert_parity([found.detach(), table.weight.detach(), state], eager, exact)
+        state = optimizer.state[table.weight]
+        kept = [state.get("sum", state.get("exp_avg", exact[2])), state.get("exp_avg_sq", exact[3])]
+        assert_parity([found.detach(), table.weight.detach(), *(k.float() for k in kept)], eager, exact)
         untouched = torch.ones(num_rows, dtype=torch.bool)
         untouched[ids.flatten()] = False
         assert torch.equal(table.weight[untouched], before[untouched])

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 
-from ctr_kernels import SparseRowwiseAdagrad, SparseSGD
+from ctr_kernels import SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_models import CTRModel
 
-EMBEDDING_OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad}
+EMBEDDING_OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
+                        "lazy-adam": SparseLazyAdam}
 MACHINE_FLAGS = ("foreach", "fused", "capturable")  # of a param group: how the device computes, not what
 
 
@@ -23,7 +24,7 @@ def make_optimizers(
     """[optimizer of the tables, AdamW of the rest]; norms, biases and the CLS token do not decay.
 
     Args:
-        embedding_optimizer: "sgd" or "rowwise-adagrad"; only rows of the step are read or written.
+        embedding_optimizer: a key of EMBEDDING_OPTIMIZERS; only rows of the step are read or written.
         kernels: backend of the row updates.
     """
     if embedding_optimizer not in EMBEDDING_OPTIMIZERS:

@@ -1,12 +1,40 @@
 """The embedding table: a module whose gradient is (ids, rows), never a table-sized tensor."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..backend import CHOICES, resolve
 from ..library import NATIVE_ABSENT
-from .native import embedding_lookup_native, first_bad_id_native, use_huge_pages_native
+from .native import first_bad_id_native, lookup_native, use_huge_pages_native
+from .plan import Plan, start_plan
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[ids]; the gradient is a sparse COO tensor of (ids, rows), neither coalesced nor checked again.
+
+    Nothing here waits for a device or has shapes that depend on values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, indices: torch.Tensor, plan: Plan | None,
+                backend: str, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.table, ctx.plan = weight.shape, plan
+        if backend == "native":
+            return lookup_native(weight, ids, dtype)
+        return F.embedding(ids, weight).to(dtype)  # triton, too: little is left to gain (see triton.py)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        if ctx.plan is not None:
+            ctx.plan.join()
+        rows = grad.reshape(-1, ctx.table[1])
+        return torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False), *[None] * 5
 
 
 class EmbeddingTable(nn.Module):
@@ -15,6 +43,8 @@ class EmbeddingTable(nn.Module):
     Args:
         num_rows, dim: size of the table.
         std: standard deviation of the normal initialisation of `weight`.
+        dtype: of the table. bf16 halves its memory; the sparse optimizers then round stochastically.
+        output_dtype: of what a lookup gives, and of the gradient's rows; None: `dtype`.
         kernels: "auto", "eager", "native" or "triton".
 
     forward: ids int32 or int64, any shape [...] -> [..., dim]. On CPUs an id outside [0, num_rows) raises
@@ -23,16 +53,21 @@ class EmbeddingTable(nn.Module):
     >>> table = EmbeddingTable(100, 8)
     >>> table(torch.tensor([[1, 99]])).shape
     torch.Size([1, 2, 8])
+    >>> EmbeddingTable(100, 8, dtype=torch.bfloat16, output_dtype=torch.float32)(torch.tensor([5])).dtype
+    torch.float32
     """
 
-    def __init__(self, num_rows: int, dim: int, *, std: float = 0.01, kernels: str = "auto") -> None:
+    def __init__(self, num_rows: int, dim: int, *, std: float = 0.01, dtype: torch.dtype = torch.float32,
+                 output_dtype: torch.dtype | None = None, kernels: str = "auto") -> None:
         super().__init__()
         if num_rows < 1 or dim < 1:
             raise ValueError(f"num_rows={num_rows}, dim={dim}: both must be at least 1")
         if kernels not in CHOICES:
             raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
-        self.num_rows, self.dim, self.kernels = num_rows, dim, kernels
-        self.weight = nn.Parameter(torch.empty(num_rows, dim))
+        if output_dtype not in (None, dtype, torch.float32):
+            raise TypeError(f"output_dtype={output_dtype}: a table of {dtype} gives that or torch.float32")
+        self.num_rows, self.dim, self.kernels, self.output_dtype = num_rows, dim, kernels, output_dtype
+        self.weight = nn.Parameter(torch.empty(num_rows, dim, dtype=dtype))
         if NATIVE_ABSENT is None and self.weight.device.type == "cpu":
             use_huge_pages_native(self.weight.detach())
         nn.init.normal_(self.weight, std=std)
@@ -42,15 +77,22 @@ class EmbeddingTable(nn.Module):
         """ids int32/int64 [...] -> [..., dim]."""
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids have dtype {ids.dtype}; int32 or int64 is needed")
-        backend = resolve(self.kernels, self.weight.device, "sparse_update", self.weight.dtype)
+        weight = self.weight
+        backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
         if ids.device.type == "cpu":
             check_ids(ids, self.num_rows)
-        if backend == "native":
-            return embedding_lookup_native(self.weight, ids)
-        return F.embedding(ids, self.weight, sparse=True)  # triton, too: nothing is left to gain (see triton.py)
+        dtype = self.output_dtype or weight.dtype
+        if backend == "eager" and dtype == weight.dtype:
+            return F.embedding(ids, weight, sparse=True)
+        trains = weight.requires_grad and torch.is_grad_enabled()
+        if trains and dtype != weight.dtype and weight.grad_dtype != dtype:
+            weight.grad_dtype = dtype  # or autograd would round the rows to the table's dtype
+        indices = ids.reshape(1, -1).long()
+        plan = start_plan(weight, indices) if trains and backend == "triton" else None
+        return _Lookup.apply(weight, ids, indices, plan, backend, dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.num_rows}, {self.dim}, kernels={self.kernels!r}"
+        return f"{self.num_rows}, {self.dim}, dtype={self.weight.dtype}, kernels={self.kernels!r}"
 
 
 def check_ids(ids: torch.Tensor, num_rows: int) -> None:

@@ -38,6 +38,8 @@ import triton.language as tl
 
 from ..library import last_dim_contiguous
 from ..triton_support import Spec
+from .plan import Plan, sort_ids
+from .rule import RowState, Rule
 
 CHUNK = 64  # sorted positions of a program
 
@@ -180,14 +182,8 @@ def _close_kernel(
                 LR_IS_TENSOR)
 
 
-def _sort(ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sorted ids, their positions) of ids [n]; half the radix passes where int32 holds every row number."""
-    keys = ids.to(torch.int32) if num_rows < 2**31 else ids.long()
-    return torch.sort(keys, stable=True)
-
-
 def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor,
-            lr: float | torch.Tensor, eps: float) -> None:
+            lr: float | torch.Tensor, eps: float, plan: Plan | None) -> None:
     """Both kernels; ids outside the table, which the lookup has refused, are left out."""
     num_rows, dim = weight.shape
     if dim > MAX_DIM:
@@ -201,7 +197,7 @@ def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor,
     rows = last_dim_contiguous(rows)
     on_device = isinstance(lr, torch.Tensor) and lr.device == weight.device
     lr = lr if on_device else float(lr)  # a tensor that is elsewhere is on the host: nothing waits
-    sorted_ids, order = _sort(ids, num_rows)
+    sorted_ids, order = sort_ids(ids, num_rows) if plan is None else (plan.sorted_ids, plan.order)
     chunks, block = triton.cdiv(n, CHUNK), max(16, triton.next_power_of_2(dim))
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
     tile, warps = TILES[block]
@@ -217,15 +213,12 @@ def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor,
         torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
 
 
-def sgd_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, lr: float | torch.Tensor) -> None:
-    """`sgd_reference`, in place."""
-    _launch(weight, None, ids, rows, lr, 0.0)
-
-
-def rowwise_adagrad_triton(weight: torch.Tensor, state: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor,
-                           lr: float | torch.Tensor, eps: float) -> None:
-    """`rowwise_adagrad_reference`, in place."""
-    _launch(weight, state, ids, rows, lr, eps)
+def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
+                  plan: Plan | None = None) -> None:
+    """`update_reference`, in place; the plan, if any, is of these ids."""
+    if rule.name not in ("sgd", "rowwise-adagrad") or rule.weight_decay or state.seed is not None:
+        raise NotImplementedError(f"kernels='triton' has no {rule.name} with decay or bf16 yet; use kernels='eager'")
+    _launch(weight, state.first, ids, rows, rule.lr, rule.eps, plan)
 
 
 def aot_specs() -> list[Spec]:

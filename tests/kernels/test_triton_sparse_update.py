@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from parity import assert_parity
 
 from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
-from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sgd_reference
+from ctr_kernels.sparse_update.reference import update_reference
+from ctr_kernels.sparse_update.rule import RowState, Rule
 
 pytest.importorskip("triton")
 from ctr_kernels.sparse_update import triton as kernels  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
-OPTIMIZERS = {"sgd": SparseSGD, "adagrad": SparseRowwiseAdagrad}
+OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -49,10 +50,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def update(name: str, weight: torch.Tensor, state: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor,
            lr: float | torch.Tensor = 0.5, triton: bool = False) -> None:
     """One of the four updates, in place."""
-    if name == "sgd":
-        (kernels.sgd_triton if triton else sgd_reference)(weight, ids, rows, lr)
-    else:
-        (kernels.rowwise_adagrad_triton if triton else rowwise_adagrad_reference)(weight, state, ids, rows, lr, 1e-8)
+    (kernels.update_triton if triton else update_reference)(weight, ids, rows, Rule(name, lr),
+                                                            RowState(None if name == "sgd" else state))
 
 
 def id_batches(num_rows: int) -> list[torch.Tensor]:
@@ -165,7 +164,7 @@ def test_ids_outside_the_table_touch_no_memory(small: None, name: str) -> None:
 @interpreted
 def test_the_version_of_the_table_counts_up() -> None:
     weight, state, ids = torch.zeros(3, 4), torch.zeros(3), torch.tensor([1])
-    update("adagrad", weight, state, ids, torch.ones(1, 4), triton=True)
+    update("rowwise-adagrad", weight, state, ids, torch.ones(1, 4), triton=True)
     assert weight._version == state._version == 1
 
 
@@ -188,7 +187,7 @@ def test_every_row_is_read_and_written_once(monkeypatch: pytest.MonkeyPatch) -> 
     for kind in accesses:
         name = f"create_masked_{kind}"
         monkeypatch.setattr(builder, name, counted(kind, getattr(builder, name)))
-    update("adagrad", weight, state, ids, rows, triton=True)
+    update("rowwise-adagrad", weight, state, ids, rows, triton=True)
 
     def of(kind: str, tensor: torch.Tensor) -> torch.Tensor:
         addresses = [tensor.data_ptr() + 4 * i for i in range(tensor.numel())]
@@ -229,7 +228,7 @@ def test_a_cuda_graph_holds_the_update(name: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    if name == "adagrad":
+    if name == "rowwise-adagrad":
         optimizer.state[table.weight]["sum"].zero_()
     for power in (1, 9):
         ids.copy_((torch.rand(4096, 26, device="cuda") ** power * 100_000).long())
