@@ -33,15 +33,15 @@ class _SparseRowOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor of the state keeps its dtype: torch gives it that of the table."""
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
         for key, table in zip(keys, tables, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[table][name] = value.to(table.device, copy=True)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        for group, options in zip(self.param_groups, before, strict=True):
+            group.update({name: value for name, value in options.items() if name not in group})  # of older versions
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
