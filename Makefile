@@ -1,11 +1,13 @@
-# make train | test | bench | asan | lint | gpu; each sets up .venv first if that is not done.
+# make train | test | bench | bench-peers | asan | lint | gpu; each sets up .venv first if that is not done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: setup train test bench asan lint gpu clean
+BENCHES := attn ffn layer sparse_update step data
+
+.PHONY: setup train test bench bench-peers asan lint gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -28,8 +30,13 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# A table a script, and its rows in out/bench/. Rivals that are no part of the set-up: make bench-peers first.
 bench: setup
-	@for script in $(sort $(wildcard bench/*.py)); do $(BIN)/python $$script || exit 1; done
+	@for name in $(BENCHES); do \
+		echo "== $$name"; $(BIN)/python bench/$$name.py --json out/bench/$$name.json || exit 1; done
+
+bench-peers: setup
+	$(PIP) install -q -c constraints.txt fbgemm-gpu-cpu lightgbm
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, through all parity tests.
 asan: setup

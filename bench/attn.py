@@ -1,84 +1,99 @@
-"""Attention over 27 fields: ours against eager PyTorch, SDPA and torch.compile, from one q | k | v projection."""
+"""Attention over 27 fields: ours against eager PyTorch, every SDPA backend, FlexAttention and torch.compile."""
 
 from collections.abc import Callable
 
 import click
 import torch
-from harness import Row, Settings, bench_options, measure_floors, measure_pairs, saved_bytes, time_row
+from common.harness import Floors, Row, compare, forward, forward_backward, measure_floors
+from common.options import Settings, bench_options
+from common.peers import compiled
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ctr_kernels.attention import field_attention_packed
 from ctr_kernels.attention.reference import field_attention_reference
+from ctr_train.command import run_command
 
 Attention = Callable[[torch.Tensor], torch.Tensor]  # qkv [B, F, 3 D] -> [B, F, D]
+SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa math": SDPBackend.MATH}
+SWEPT = ("ours", "eager", "compile", "sdpa")
+
+
+def split(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v [B, H, F, D / H] as views of the projection."""
+    batch, fields, _ = qkv.shape
+    return tuple(x.view(batch, fields, heads, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+
+
+def joined(out: torch.Tensor) -> torch.Tensor:
+    """[B, H, F, D / H] -> [B, F, D]."""
+    return out.transpose(1, 2).flatten(2)
 
 
 def providers(heads: int) -> dict[str, Attention]:
-    """Everyone who does this job; ours first."""
+    """Everyone who does this job; ours first. All start from one projection, and end with heads side by side."""
 
     def eager(qkv: torch.Tensor) -> torch.Tensor:
         q, k, v = qkv.chunk(3, dim=-1)
         return field_attention_reference(q, k, v, heads, (q.shape[-1] // heads) ** -0.5, 0.0, None)
 
     def sdpa(qkv: torch.Tensor) -> torch.Tensor:
-        batch, fields, _ = qkv.shape
-        q, k, v = (x.view(batch, fields, heads, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, fields, -1)
+        return joined(F.scaled_dot_product_attention(*split(qkv, heads)))
+
+    def sdpa_by(backend: SDPBackend) -> Attention:
+        def run(qkv: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(qkv)
+
+        return run
+
+    def flex(qkv: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return joined(flex_attention(*split(qkv, heads)))
 
     return {
         "ours": lambda qkv: field_attention_packed(qkv, num_heads=heads),
-        "sdpa": sdpa,
         "eager": eager,
-        "compile(eager)": torch.compile(eager, dynamic=False),
-        "compile(sdpa)": torch.compile(sdpa, dynamic=False),
+        **compiled(eager),
+        "sdpa": sdpa,
+        **{name: sdpa_by(backend) for name, backend in SDPA.items()},
+        "compile sdpa": compiled(sdpa)["compile"],
+        "flex_attention": compiled(flex)["compile"],
     }
 
 
-def forward(attention: Attention, qkv: torch.Tensor) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad():
-            return attention(qkv)
-
-    return run
-
-
-def forward_backward(attention: Attention, qkv: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
-    qkv = qkv.detach().requires_grad_()
-
-    def run() -> object:
-        qkv.grad = None
-        return attention(qkv).backward(grad)
-
-    return run
+def measure(s: Settings, floors: Floors, seconds: float) -> list[Row]:
+    """Forward, and forward + backward, of one size. The floor counts q, k, v, out (and gradients) once each."""
+    qkv = torch.randn(s.batch, s.fields, 3 * s.dim, device=s.device).to(s.dtype)
+    grad = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
+    everyone = providers(s.heads)
+    chosen = s.choose(everyone, SWEPT)
+    flops = 4.0 * s.batch * s.fields**2 * s.dim
+    tensor = float(grad.numel() * grad.element_size())
+    rows = []
+    for mode in s.modes():
+        if mode == "forward":
+            functions = {name: forward(f, [qkv]) for name, f in chosen.items()}
+            exact, work, traffic = forward(everyone["eager"], [qkv.double()]), flops, 4 * tensor
+        else:
+            functions = {name: forward_backward(f, [qkv], grad) for name, f in chosen.items()}
+            exact = forward_backward(everyone["eager"], [qkv.double()], grad.double())
+            work, traffic = 3.5 * flops, 12 * tensor
+        rows += compare(functions, kernel="field_attention", mode=mode, x=s.shape, device=s.device, flops=work,
+                        num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(), seconds=seconds)
+    return rows
 
 
 @click.command()
 @bench_options
 def main(settings: Settings) -> None:
-    """Time attention, forward and forward + backward. The floor counts q, k, v, out (and gradients) once each."""
-    s = settings
-    shape = f"B={s.batch} F={s.fields} D={s.dim} H={s.heads} {s.precision}"
-    qkv = torch.randn(s.batch, s.fields, 3 * s.dim, device=s.device).to(s.dtype)
-    grad = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
-    chosen = s.choose(providers(s.heads))
-    floors = measure_floors(s.device, s.dtype)
-    flops = 4.0 * s.batch * s.fields**2 * s.dim
-    tensor = float(grad.numel() * grad.element_size())
-    rows = []
-    for mode, functions, work, traffic in (
-        ("forward", {name: forward(f, qkv) for name, f in chosen.items()}, flops, 4 * tensor),
-        ("forward+backward", {name: forward_backward(f, qkv, grad) for name, f in chosen.items()}, 3.5 * flops,
-         12 * tensor),
-    ):
-        for name, timing in measure_pairs(functions, device=s.device).items():
-            rows.append(time_row(name, timing, kernel="field_attention", mode=mode, x=shape, flops=work,
-                                 num_bytes=traffic, floors=floors))
-    leaf = qkv.detach().requires_grad_()
-    rows += [Row(kernel="field_attention", provider=name, mode="saved for backward", metric="memory", unit="MB",
-                 x=shape, p50=saved_bytes(lambda f=f: f(leaf), exclude=[leaf]) / 1e6)
-             for name, f in chosen.items() if not name.startswith("compile")]
-    s.finish(rows)
+    """Time attention, forward and forward + backward, from one q | k | v projection."""
+    floors = measure_floors(settings.device, settings.dtype)
+    rows = [row for point in settings.points() for row in measure(point, floors, 6.0 if point.sweep else 20.0)]
+    settings.finish(rows, floors)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "bench/attn.py")

@@ -1,6 +1,7 @@
 """How fast are raw rows prepared, how much memory does that take, and how fast are prepared rows loaded?"""
 
 import math
+import platform
 import subprocess
 import sys
 import tempfile
@@ -9,8 +10,13 @@ from pathlib import Path
 
 import click
 import pyarrow.csv
-from harness import Row, Settings, Timing, bench_options, measure_pairs
+import torch
+from common.harness import Timing, measure_pairs, time_row
+from common.options import Settings, bench_options
+from common.peers import installed
+from common.records import Row
 
+from ctr_train.command import run_command
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.dataset import open_split
 from ctr_train.data.loader import Loader
@@ -19,6 +25,8 @@ from ctr_train.data.protocol import HASH_BINS, NUM_DENSE
 from ctr_train.data.synth import write_synthetic
 
 TARGETS = "wanted: prepare in at most 3 x the time of read_csv and below 1,500 MB; the loader at 1,000,000 rows/s"
+VERSIONS = {"pyarrow.csv.read_csv": f"pyarrow {pyarrow.__version__}",
+            "line by line": f"Python {platform.python_version()}"}
 PEAK = """
 import sys
 from ctr_train.data.prepare import prepare
@@ -41,7 +49,10 @@ def main(rows: int, raw: Path | None, settings: Settings) -> None:
             write_synthetic(raw, rows=rows, seed=1)
         out = directory / "data"
         prepare([raw], out)
-        settings.finish([*prepare_time(raw, out, settings), *prepare_memory(raw, out), *loader_rate(out, settings)])
+        rows = prepare_time(raw, out, settings)
+        if rows[0].provider == "ours":
+            rows[0].memory_mb, rows[0].note = prepare_memory(raw, out)
+        settings.finish([*rows, *loader_rate(out, settings)])
     click.echo(TARGETS)
 
 
@@ -59,18 +70,17 @@ def prepare_time(raw: Path, out: Path, settings: Settings) -> list[Row]:
         ours = timings.get("ours")
         timings["line by line"] = replace(timing, ratio=timing.p50 / ours.p50 if ours else None)
     rows = sum(source["rows"] for source in Artifacts.load(out).sources)
-    return [_rate(name, timing, rows, kernel="prepare", x=f"rows={rows}") for name, timing in timings.items()]
+    return [_row(name, timing, rows, kernel="prepare", mode="file", x=f"{rows:,} rows")
+            for name, timing in timings.items()]
 
 
-def prepare_memory(raw: Path, out: Path) -> list[Row]:
-    """Peak resident memory of a process that prepares the file; it should not depend on the file's size."""
+def prepare_memory(raw: Path, out: Path) -> tuple[float | None, str]:
+    """Peak resident MB of a process that prepares the file, or why there is none; not a matter of the file's size."""
     try:
         done = subprocess.run([sys.executable, "-c", PEAK, raw, out], capture_output=True, text=True, check=True)
-        peak, error = int(done.stdout) / 1024, ""
     except (subprocess.CalledProcessError, FileNotFoundError) as failure:  # no /proc outside Linux
-        peak, error = None, str(failure)
-    return [Row(kernel="prepare", provider="ours", mode="process", metric="peak memory", unit="MB",
-                x=f"bytes={raw.stat().st_size}", p50=peak, error=error)]
+        return None, str(failure)
+    return int(done.stdout) * 1024 / 1e6, ""
 
 
 def loader_rate(data: Path, settings: Settings) -> list[Row]:
@@ -85,7 +95,7 @@ def loader_rate(data: Path, settings: Settings) -> list[Row]:
     timings = measure_pairs({name: lambda loader=loader: epoch(loader) for name, loader in loaders.items()}, rounds=20)
     for loader in loaders.values():
         loader.close()
-    return [_rate("ours", timing, split.rows, kernel="loader", mode=name, x=f"B={settings.batch} rows={split.rows}")
+    return [_row("ours", timing, split.rows, kernel="loader", mode=name, x=f"{split.rows:,} rows, B={settings.batch}")
             for name, timing in timings.items()]
 
 
@@ -112,12 +122,11 @@ def line_by_line(raw: Path) -> list[tuple[int, list[float], list[int]]]:
     return rows
 
 
-def _rate(provider: str, timing: Timing, rows: int, *, kernel: str, x: str, mode: str = "file") -> Row:
-    """A timing as rows/s; p20 is still the slower end."""
-    p20, p50, p80 = (rows / ms * 1e3 if ms else None for ms in (timing.p80, timing.p50, timing.p20))
-    return Row(kernel=kernel, provider=provider, mode=mode, metric="rate", unit="rows/s", x=x, p20=p20, p50=p50,
-               p80=p80, ratio=timing.ratio, error=timing.error)
+def _row(provider: str, timing: Timing, rows: int, *, kernel: str, mode: str, x: str) -> Row:
+    row = time_row(provider, timing, kernel=kernel, mode=mode, x=x, samples=rows, device=torch.device("cpu"))
+    row.version = VERSIONS.get(provider, f"ctr-kernels {installed('ctr-kernels')}")
+    return row
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "bench/data.py")

@@ -4,69 +4,63 @@ from collections.abc import Callable
 
 import click
 import torch
-from harness import Row, Settings, bench_options, measure_floors, measure_pairs, saved_bytes, time_row
+from common.harness import Floors, Row, compare, forward, forward_backward, measure_floors
+from common.options import Settings, bench_options
+from common.peers import compiled
 from torch.nn import functional as F
 
 from ctr_kernels import ffn
+from ctr_train.command import run_command
 
 Network = Callable[..., torch.Tensor]  # x [B, F, D], w1, b1, w2, b2 -> [B, F, D]
+SWEPT = ("ours", "eager", "compile")
 
 
-def eager(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
-    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+def providers() -> dict[str, Network]:
+    """Everyone who does this job; ours first."""
+
+    def eager(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+    return {"ours": ffn, "eager": eager, **compiled(eager)}
 
 
-def forward(network: Network, inputs: list[torch.Tensor]) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad():
-            return network(*inputs)
-
-    return run
-
-
-def forward_backward(network: Network, inputs: list[torch.Tensor], grad: torch.Tensor) -> Callable[[], object]:
-    inputs = [x.detach().requires_grad_() for x in inputs]
-
-    def run() -> object:
-        for x in inputs:
-            x.grad = None
-        return network(*inputs).backward(grad)
-
-    return run
+def measure(s: Settings, hidden: int, floors: Floors, seconds: float) -> list[Row]:
+    """Forward, and forward + backward, of one size. The floor of the latter is three times the forward's FLOP: the
+    recomputation of the hidden is not part of it."""
+    sizes = [(s.batch, s.fields, s.dim), (hidden, s.dim), (hidden,), (s.dim, hidden), (s.dim,)]
+    inputs = [(torch.randn(size, device=s.device) / (size[-1] ** 0.5 if len(size) == 2 else 1)).to(s.dtype)
+              for size in sizes]
+    grad = torch.randn(sizes[0], device=s.device).to(s.dtype)
+    everyone = providers()
+    chosen = s.choose(everyone, SWEPT)
+    wide = [x.double() for x in inputs]
+    flops = 4.0 * s.batch * s.fields * s.dim * hidden
+    tensor = float(grad.numel() * grad.element_size())
+    rows = []
+    for mode in s.modes():
+        if mode == "forward":
+            functions = {name: forward(f, inputs) for name, f in chosen.items()}
+            exact, work, traffic = forward(everyone["eager"], wide), flops, 2 * tensor
+        else:
+            functions = {name: forward_backward(f, inputs, grad) for name, f in chosen.items()}
+            exact, work, traffic = forward_backward(everyone["eager"], wide, grad.double()), 3 * flops, 5 * tensor
+        rows += compare(functions, kernel="ffn", mode=mode, x=f"{s.shape} hidden={hidden}", device=s.device,
+                        flops=work, num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(),
+                        seconds=seconds)
+    return rows
 
 
 @click.command()
 @click.option("--hidden", type=click.IntRange(min=8), help="Width of the hidden layer; default: 4 dim.")
 @bench_options
 def main(settings: Settings, hidden: int | None) -> None:
-    """Time the FFN, forward and forward + backward. The floor of both is three times the forward's FLOP for the
-    latter: the recomputation of the hidden is not part of it."""
-    s = settings
-    hidden = hidden or 4 * s.dim
-    shape = f"B={s.batch} F={s.fields} D={s.dim} hidden={hidden} {s.precision}"
-    sizes = [(s.batch, s.fields, s.dim), (hidden, s.dim), (hidden,), (s.dim, hidden), (s.dim,)]
-    inputs = [(torch.randn(size, device=s.device) / (size[-1] ** 0.5 if len(size) == 2 else 1)).to(s.dtype)
-              for size in sizes]
-    grad = torch.randn(sizes[0], device=s.device).to(s.dtype)
-    chosen = s.choose({"ours": ffn, "eager": eager, "compile(eager)": torch.compile(eager, dynamic=False)})
-    floors = measure_floors(s.device, s.dtype)
-    flops = 4.0 * s.batch * s.fields * s.dim * hidden
-    tensor = float(grad.numel() * grad.element_size())
-    rows = []
-    for mode, functions, work, traffic in (
-        ("forward", {name: forward(f, inputs) for name, f in chosen.items()}, flops, 2 * tensor),
-        ("forward+backward", {name: forward_backward(f, inputs, grad) for name, f in chosen.items()}, 3 * flops,
-         5 * tensor),
-    ):
-        for name, timing in measure_pairs(functions, device=s.device).items():
-            rows.append(time_row(name, timing, kernel="ffn", mode=mode, x=shape, flops=work, num_bytes=traffic,
-                                 floors=floors))
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    rows += [Row(kernel="ffn", provider=name, mode="saved for backward", metric="memory", unit="MB", x=shape,
-                 p50=saved_bytes(lambda f=f: f(*leaves), exclude=leaves) / 1e6)
-             for name, f in chosen.items() if not name.startswith("compile")]
-    s.finish(rows)
+    """Time the FFN, forward and forward + backward."""
+    floors = measure_floors(settings.device, settings.dtype)
+    rows = [row for point in settings.points()
+            for row in measure(point, hidden or 4 * point.dim, floors, 6.0 if point.sweep else 20.0)]
+    settings.finish(rows, floors)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "bench/ffn.py")

@@ -1,16 +1,26 @@
-"""Embedding lookup, its backward and the update of the rows: ours against nn.Embedding, sparse and dense."""
+"""Embedding lookup, its backward and the update of the rows: ours against nn.Embedding's optimizers and FBGEMM."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 import torch
-from harness import Settings, bench_options, measure_floors, measure_pairs, time_row
+from common.harness import Floors, Row, compare, measure_floors, relative_error
+from common.options import Settings, bench_options
+from common.peers import Unavailable, installed, need
 
 from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
+from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sum_duplicates
+from ctr_train.command import run_command
 
 FIELDS = 26
 BATCHES = 8  # taken in turn, so that no provider finds its rows in the cache
+LR, EPS = 0.01, 1e-8
+IDS = ("uniform", "skewed")
+SGD, ADAGRAD = "SGD", "adaptive"
+Step = Callable[[], Sequence[torch.Tensor]]
+# A provider: (table weights, batches of ids, gradient [B, 26, D]) -> a call that looks up, goes back and updates.
+Provider = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], Step]
 
 
 def ids_of(kind: str, num_rows: int, batch: int, device: torch.device) -> list[torch.Tensor]:
@@ -27,56 +37,152 @@ def ids_of(kind: str, num_rows: int, batch: int, device: torch.device) -> list[t
     return [((rank * FIELDS + torch.arange(FIELDS)) * 2654435761 % num_rows).to(device) for rank in ranks]
 
 
-def providers(num_rows: int, dim: int,
-              device: torch.device) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]:
-    """Table and optimizer of everyone who does this job; ours first. Ours share one memory, the others another."""
-    ours = EmbeddingTable(num_rows, dim).to(device)
-    weight = ours.weight.detach().clone()
+def of_module(make: Callable[[torch.Tensor], torch.nn.Module], optimizer: Callable[..., torch.optim.Optimizer],
+              **options: float) -> Provider:
+    """A table module and a torch optimizer."""
 
-    def theirs(sparse: bool) -> torch.nn.Embedding:
-        return torch.nn.Embedding(num_rows, dim, sparse=sparse, _weight=weight)
+    def build(weight: torch.Tensor, batches: Sequence[torch.Tensor], grad: torch.Tensor) -> Step:
+        table = make(weight)
+        update = optimizer(table.parameters(), lr=LR, **options)
+        turn = itertools.cycle(batches)
 
-    tables = {"ours SGD": ours, "ours rowwise Adagrad": ours, "sparse + SGD": theirs(True),
-              "sparse + Adagrad": theirs(True), "dense + SGD": theirs(False)}
-    optimizers = {"ours SGD": SparseSGD, "ours rowwise Adagrad": SparseRowwiseAdagrad,
-                  "sparse + Adagrad": torch.optim.Adagrad}
-    return {name: (table, optimizers.get(name, torch.optim.SGD)(table.parameters(), lr=0.01))
-            for name, table in tables.items()}
+        def run() -> Sequence[torch.Tensor]:
+            table(next(turn)).backward(grad)
+            update.step()
+            update.zero_grad()
+            return [table.weight.detach()]
+
+        return run
+
+    return build
 
 
-def step(table: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[torch.Tensor],
-         grad: torch.Tensor) -> Callable[[], object]:
-    turn = itertools.cycle(batches)
+def ours(weight: torch.Tensor) -> torch.nn.Module:
+    table = EmbeddingTable(*weight.shape).to(weight.device)
+    with torch.no_grad():
+        table.weight.copy_(weight)
+    return table
 
-    def run() -> object:
-        optimizer.zero_grad()
-        table(next(turn)).backward(grad)
-        return optimizer.step()
 
-    return run
+def embedding(sparse: bool) -> Callable[[torch.Tensor], torch.nn.Module]:
+    return lambda weight: torch.nn.Embedding(*weight.shape, sparse=sparse, _weight=weight.clone())
+
+
+def fbgemm(optimizer: str) -> Provider:
+    """FBGEMM's TBE: 26 features of one id each on one table, the update fused into its backward."""
+
+    def build(weight: torch.Tensor, batches: Sequence[torch.Tensor], grad: torch.Tensor) -> Step:
+        tbe = need("fbgemm_gpu.split_table_batched_embeddings_ops_training")
+        common = need("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+        config = need("fbgemm_gpu.split_embedding_configs")
+        gpu = weight.device.type == "cuda"
+        if gpu and installed("fbgemm-gpu-cpu"):
+            raise Unavailable("the FBGEMM that is installed is for CPUs")
+        where = common.EmbeddingLocation.DEVICE if gpu else common.EmbeddingLocation.HOST
+        compute = tbe.ComputeDevice.CUDA if gpu else tbe.ComputeDevice.CPU
+        table = tbe.SplitTableBatchedEmbeddingBagsCodegen(
+            [(*weight.shape, where, compute)], feature_table_map=[0] * FIELDS, learning_rate=LR, eps=EPS,
+            optimizer=getattr(config.EmbOptimType, optimizer), bounds_check_mode=common.BoundsCheckMode.NONE,
+            stochastic_rounding=False, device=weight.device)
+        (rows,) = table.split_embedding_weights()
+        rows.copy_(weight)
+        flat = grad.flatten(1)  # [B, 26 D], as TBE returns the features side by side
+        offsets = torch.arange(batches[0].numel() + 1, device=weight.device)
+        turn = itertools.cycle([ids.t().flatten() for ids in batches])  # feature by feature, as TBE wants them
+
+        def run() -> Sequence[torch.Tensor]:
+            table(next(turn), offsets).backward(flat)
+            return [rows.detach()]
+
+        return run
+
+    return build
+
+
+PROVIDERS: dict[str, dict[str, Provider]] = {
+    SGD: {
+        "ours SGD": of_module(ours, SparseSGD),
+        "Embedding sparse + SGD": of_module(embedding(True), torch.optim.SGD),
+        "Embedding dense + SGD": of_module(embedding(False), torch.optim.SGD),
+        "FBGEMM TBE SGD": fbgemm("EXACT_SGD"),
+    },
+    ADAGRAD: {
+        "ours rowwise Adagrad": of_module(ours, SparseRowwiseAdagrad, eps=EPS),
+        "Embedding sparse + Adagrad": of_module(embedding(True), torch.optim.Adagrad),
+        "Embedding dense + Adagrad": of_module(embedding(False), torch.optim.Adagrad),
+        "Embedding sparse + SparseAdam": of_module(embedding(True), torch.optim.SparseAdam),
+        "FBGEMM TBE rowwise Adagrad": fbgemm("EXACT_ROWWISE_ADAGRAD"),
+    },
+}
+SWEPT = ("ours SGD", "Embedding sparse + SGD", "FBGEMM TBE SGD", "ours rowwise Adagrad", "Embedding sparse + Adagrad")
+
+
+def expected(name: str, weight: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The rows `ids.unique()` after the first step of that provider, in fp64 [U, D].
+
+    Elementwise Adagrad (eps 1e-10) begins with g / (|g| + eps), and so does Adam: its eps of 1e-8 stands beside
+    sqrt(1 - beta2) |g|.
+    """
+    distinct, summed = sum_duplicates(ids.flatten(), grad.double().flatten(0, 1))
+    before = weight[distinct].double()
+    if name.endswith("SGD"):
+        return before - LR * summed
+    if "rowwise" in name:
+        wide, state = before.clone(), torch.zeros(len(before), dtype=torch.float64, device=before.device)
+        rowwise_adagrad_reference(wide, state, torch.arange(len(before), device=before.device), summed, LR, EPS)
+        return wide
+    return before - LR * summed / (summed.abs() + (1e-8 / 0.001**0.5 if name.endswith("SparseAdam") else 1e-10))
+
+
+def measure(s: Settings, num_rows: int, kind: str, floors: Floors, seconds: float) -> list[Row]:
+    """One distribution of ids. The floor: each gathered row read and written, its gradient read, and each distinct
+    row of the table read and written."""
+    weight = torch.randn(num_rows, s.dim, device=s.device) * 0.01
+    grad = torch.randn(s.batch, FIELDS, s.dim, device=s.device)
+    batches = ids_of(kind, num_rows, s.batch, s.device)
+    touched = batches[0].unique()
+    distinct = sum(len(ids.unique()) for ids in batches) / BATCHES
+    traffic = 4.0 * s.dim * (3 * s.batch * FIELDS + 2 * distinct)
+    chosen = s.choose({name: provider for group in PROVIDERS.values() for name, provider in group.items()}, SWEPT)
+    rows = []
+    for mode, group in PROVIDERS.items():
+        errors: dict[str, float] = {}
+
+        def built(name: str, errors: dict[str, float] = errors) -> Step:
+            """Built by its first call, whose rows are held against fp64."""
+            step: list[Step] = []
+
+            def run() -> Sequence[torch.Tensor]:
+                if step:
+                    return step[0]()
+                step.append(chosen[name](weight, batches, grad))
+                (after,) = step[0]()
+                errors[name] = relative_error([after[touched]], [expected(name, weight, batches[0], grad)])
+                return [after]
+
+            return run
+
+        timed = compare({name: built(name) for name in group if name in chosen}, kernel="sparse_update", mode=mode,
+                        x=f"B={s.batch} K={FIELDS} D={s.dim} rows={num_rows:,} {kind}", device=s.device,
+                        num_bytes=traffic, floors=floors, seconds=seconds)
+        for row in timed:
+            row.fp64_error = errors.get(row.provider)
+        rows += timed
+    return rows
 
 
 @click.command()
 @click.option("--num-rows", type=click.IntRange(min=1), default=2_000_000, show_default=True, help="Rows of the table.")
 @bench_options
 def main(settings: Settings, num_rows: int) -> None:
-    """Time lookup + backward + update of 26 ids a row, in fp32. The floor: each gathered row read and written, its
-    gradient read, and each distinct row of the table read and written."""
-    s = settings
-    grad = torch.randn(s.batch, FIELDS, s.dim, device=s.device)
-    floors = measure_floors(s.device)
-    chosen = s.choose(providers(num_rows, s.dim, s.device))
-    rows = []
-    for kind in ("uniform", "skewed"):
-        batches = ids_of(kind, num_rows, s.batch, s.device)
-        distinct = sum(len(ids.unique()) for ids in batches) / BATCHES
-        traffic = 4.0 * s.dim * (3 * s.batch * FIELDS + 2 * distinct)
-        functions = {name: step(*pair, batches, grad) for name, pair in chosen.items()}
-        for name, timing in measure_pairs(functions, device=s.device).items():
-            rows.append(time_row(name, timing, kernel="sparse_update", mode="lookup+backward+step", num_bytes=traffic,
-                                 x=f"B={s.batch} K={FIELDS} D={s.dim} rows={num_rows:,} {kind}", floors=floors))
-    s.finish(rows)
+    """Time lookup + backward + update of 26 ids a row, in fp32; SGD and adaptive optimizers each among themselves."""
+    if settings.sweep == "fields":
+        raise click.BadParameter("a row has 26 ids here; only the batch can be swept", param_hint="--sweep")
+    floors = measure_floors(settings.device)
+    rows = [row for point in settings.points() for kind in IDS
+            for row in measure(point, num_rows, kind, floors, 4.0 if point.sweep else 15.0)]
+    settings.finish(rows, floors)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "bench/sparse_update.py")

@@ -1,19 +1,19 @@
 """Measure rivals against each other and against the machine's floors: the timing that all bench scripts share."""
 
 import gc
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from records import Row, Settings, bench_options, print_table, with_machine, write_csv, write_json
 
-__all__ = [  # a script imports everything from here
-    "Floors", "Row", "Settings", "Timing", "bench_options", "copy_bandwidth", "measure_floors", "measure_pairs",
-    "mm_rate", "peak_memory", "print_table", "saved_bytes", "time_row", "with_machine", "write_csv", "write_json",
-]
+from .peers import Unavailable, version_of
+from .records import Row
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts allocations, else logs its every start
 
 MIN_ROUNDS = 5  # fewer give no percentiles worth the name, whatever the time budget
 MM_SIZE = 2048
@@ -29,7 +29,7 @@ class Timing:
         ratio: median over the rounds of (this provider's time / the first provider's time in the same round), so that
             drift of the machine cancels; above 1 means that the first one is faster. None if either did not run.
         rounds: rounds measured; 0 with an error.
-        error: why it could not run; empty if it did.
+        note: why it could not run; empty if it did.
     """
 
     p20: float | None = None
@@ -37,7 +37,7 @@ class Timing:
     p80: float | None = None
     ratio: float | None = None
     rounds: int = 0
-    error: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def measure_pairs(
                 function()
             _synchronise(device)
         except Exception as error:  # a rival may fail in any way; that is a result to show
-            lines = str(error).strip().splitlines()
-            timings[name] = Timing(error=f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": "))
+            timings[name] = Timing(note=_reason(error, device))
         else:
             running[name] = function
     times: dict[str, list[float]] = {name: [] for name in running}
@@ -126,25 +125,64 @@ def measure_floors(device: torch.device | str, dtype: torch.dtype = torch.float3
     return Floors(mm_rate(device, dtype), copy_bandwidth(device))
 
 
-def time_row(
-    provider: str, timing: Timing, *, kernel: str, mode: str, x: str, flops: float = 0.0, num_bytes: float = 0.0,
+def compare(
+    functions: dict[str, Callable[[], Sequence[torch.Tensor]]],
+    *,
+    kernel: str,
+    mode: str,
+    x: str,
+    device: torch.device,
+    flops: float = 0.0,
+    num_bytes: float = 0.0,
     floors: Floors | None = None,
-) -> Row:
-    """The record of a timing; rates and the share of the floor from the work that one call does.
+    samples: int = 0,
+    exact: Sequence[torch.Tensor] = (),
+    rounds: int = 50,
+    seconds: float = 20.0,
+) -> list[Row]:
+    """Time each provider against the first, then take the peak memory and the error of one more call of each.
 
     Args:
-        mode: "forward", "backward", "forward+backward", "step", ...
-        x: the shape, as in "B=4096 F=27 D=64".
+        functions: provider -> a call that returns its outputs and gradients.
+        mode: "forward", "forward+backward", "training step", ...; x: the shape, as "B=4096 F=27 D=64".
         flops, num_bytes: work of a call as the floor counts it, the same for every provider; 0 if not known.
+        samples: rows of the batch, for rows/s.
+        exact: what the functions return, computed in fp64; () for no comparison.
+        rounds, seconds: see `measure_pairs`.
     """
-    row = Row(kernel=kernel, provider=provider, mode=mode, metric="time", unit="ms", x=x, p20=timing.p20,
-              p50=timing.p50, p80=timing.p80, ratio=timing.ratio, error=timing.error)
+    rows = []
+    for name, timing in measure_pairs(functions, device=device, rounds=rounds, seconds=seconds).items():
+        row = time_row(name, timing, kernel=kernel, mode=mode, x=x, flops=flops, num_bytes=num_bytes, floors=floors,
+                       samples=samples, device=device)
+        if not timing.note:
+            row.memory_mb = peak_memory(functions[name], device=device) / 1e6
+            row.fp64_error = relative_error(functions[name](), exact) if exact else None
+        rows.append(row)
+    return rows
+
+
+def time_row(
+    provider: str, timing: Timing, *, kernel: str, mode: str, x: str, flops: float = 0.0, num_bytes: float = 0.0,
+    floors: Floors | None = None, samples: int = 0, device: torch.device,
+) -> Row:
+    """The record of a timing, with rates and the share of the floor; arguments as those of `compare`."""
+    row = Row(kernel=kernel, provider=provider, mode=mode, x=x, p20=timing.p20, p50=timing.p50, p80=timing.p80,
+              ratio=timing.ratio, note=timing.note, version=version_of(provider, device))
     if timing.p50:
         row.gflops = flops / timing.p50 / 1e6 if flops else None
         row.gbps = num_bytes / timing.p50 / 1e6 if num_bytes else None
+        row.rows_per_s = 1e3 * samples / timing.p50 if samples else None
         if floors and (flops or num_bytes):
             row.percent_of_floor = 100 * floors.milliseconds(flops, num_bytes) / timing.p50
     return row
+
+
+def relative_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The largest error of any tensor, as a share of the largest absolute value of its exact one.
+
+    Of more results than exact ones the first are compared.
+    """
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, exact, strict=False))
 
 
 def saved_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> int:
@@ -167,29 +205,73 @@ def saved_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = (
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def peak_memory(
-    function: Callable[[], Any], *, device: torch.device | str = "cpu", exclude: Iterable[torch.Tensor] = ()
-) -> int:
-    """Bytes that a call needs on top of what is allocated before it.
+def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cpu") -> int:
+    """Bytes that a call needs on top of what is allocated before it, by the allocator's own count.
 
-    CUDA: the allocator's peak during the call. CPU, where PyTorch counts no allocations: `saved_bytes`.
+    CUDA: the peak that its statistics show. CPU: the highest sum of the allocations and releases that the profiler
+    sees; scratch memory that a library takes from the system by itself is in neither.
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        return saved_bytes(function, exclude)
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum([0, *changes]).max())
+
+
+def forward(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """A call of function(*inputs) without autograd; it returns [output]."""
+
+    def run() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [function(*inputs)]
+
+    return run
+
+
+def forward_backward(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor,
+                     parameters: Iterable[torch.Tensor] = ()) -> Callable[[], list[torch.Tensor]]:
+    """A call of function(*inputs) and of its backward; it returns [output, *gradients of inputs and parameters]."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    leaves = [*inputs, *parameters]
+
+    def run() -> list[torch.Tensor]:
+        out = function(*inputs)
+        out.backward(grad)
+        results = [out.detach()]
+        for leaf in leaves:
+            if leaf.grad is None:
+                raise RuntimeError(f"no gradient of an input {tuple(leaf.shape)}")
+            results.append(leaf.grad)
+            leaf.grad = None  # the next call starts without, in time and memory
+        return results
+
+    return run
 
 
 def _measured(timing: Timing) -> float:
     """Its median in ms; RuntimeError if it did not run."""
     if timing.p50 is None:
-        raise RuntimeError(f"the machine's rate could not be measured: {timing.error}")
+        raise RuntimeError(f"the machine's rate could not be measured: {timing.note}")
     return timing.p50
+
+
+def _reason(error: Exception, device: torch.device) -> str:
+    """Why a provider has no figure: its own words if it is `Unavailable`, else what stopped it."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # compilers wrap what went wrong
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines() or [""]
+    if isinstance(error, Unavailable):
+        return lines[0]
+    return f"does not run on {device.type}: {type(cause).__name__}: {lines[0].partition('. ')[0]}".rstrip(": ")
 
 
 def _synchronise(device: torch.device) -> None:
