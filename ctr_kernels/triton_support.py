@@ -65,7 +65,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _philox(seed, counter):
+def philox(seed, counter):
     """The four uint32 words of each counter (int64) under the 64-bit seed, as `philox.philox` has them.
 
     Equal to `tl.randint4x(seed, counter)`, but one wide multiplication yields both halves of a product.
@@ -91,7 +91,7 @@ def dropout_keep(seed, rows, first_group, groups, threshold, GROUPS: tl.constexp
     accumulator holds these four in one thread, so that no layout is changed. Counters are 64 bits wide.
     """
     counter = ((rows * groups + first_group) * 8)[:, None] + tl.arange(0, 8 * GROUPS)[None, :]  # [R, 8 GROUPS]
-    w0, w1, w2, w3 = _philox(seed, counter)
+    w0, w1, w2, w3 = philox(seed, counter)
     keep = ((w0 >> 1) >= threshold).to(tl.int32)  # one bit a word, so that a change of layout, if any, moves little
     keep |= ((w1 >> 1) >= threshold).to(tl.int32) << 1
     keep |= ((w2 >> 1) >= threshold).to(tl.int32) << 2

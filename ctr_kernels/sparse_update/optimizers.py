@@ -191,7 +191,7 @@ class SparseAdagrad(SparseRowwiseAdagrad):
     rule = "adagrad"
 
     def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {"sum": torch.zeros_like(table, dtype=torch.float32)}
+        return {"sum": torch.zeros(table.shape, dtype=torch.float32, device=table.device)}
 
 
 class SparseLazyAdam(_SparseRowOptimizer):
@@ -222,4 +222,5 @@ class SparseLazyAdam(_SparseRowOptimizer):
                          weight_decay=weight_decay, decay_untouched=decay_untouched, seed=seed)
 
     def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros_like(table, dtype=group["state_dtype"]) for name in ("exp_avg", "exp_avg_sq")}
+        return {name: torch.zeros(table.shape, dtype=group["state_dtype"], device=table.device)
+                for name in ("exp_avg", "exp_avg_sq")}

@@ -7,7 +7,7 @@ made from views without a kernel.
 The update of n (id, row) pairs, U ids of them distinct, has a data-dependent shape only on paper:
 
 1. The ids, narrowed to int32 where the table allows it, are sorted with their positions (stable, so that the order
-   of every sum is fixed). Equal ids now form runs. This depends on ids alone.
+   of every sum is fixed). Equal ids now form runs. This depends on ids alone, and is done at the lookup: see plan.py.
 2. `_chunk_kernel`: a program takes CHUNK sorted positions whatever the runs are, gathers their rows tile by tile,
    and sums each run by a segmented scan: the join of (sum a, flag) and (sum b, flag) is b where b starts a run, else
    a + b. A run that lies inside the chunk is finished, and its row is updated at once. The (at most two) others are
@@ -22,22 +22,28 @@ the second adds n / CHUNK sums in one program; a run of a field, n <= batch, is 
 
 Traffic next to the floor, n = 106,496 uniform ids on 2M rows of 64 fp32 (U = 103,700, r = 256):
     gradient rows   n r            27.3 MB    floor, read once
-    table rows      2 U r          53.1 MB    floor, read and written once (rowwise Adagrad: and 8 U bytes of state)
+    table rows      2 U r          53.1 MB    floor, read and written once; half of it in bf16
+    state           8 U             0.8 MB    rowwise Adagrad; 2 U r for Adagrad, 4 U r for Adam (2 U r in bf16)
+    decay           8 U             0.8 MB    where it counts steps
     sorted ids      12 n            1.3 MB    (4 + 8 for the positions; neighbours come from the cache)
     partial sums    <= 4 n r / CHUNK   1.7 MB if every chunk's ends are crossed, 0.1 MB at uniform ids
-3 n dim + 2 U dim FLOP = 34 MFLOP: far below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB, comes
-on top.
+3 n dim + 2 U dim FLOP = 34 MFLOP for SGD, some 8 U dim more for Adam, 13 instructions an element for the rounding of
+bf16: below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB, comes on top.
 
-Occupancy: at most 134 registers for fp32 rows of 64 (sm_90), so 15 one-warp programs fit an SM; the 1,664 programs of
-n = 106,496 are 12.6 an SM, one wave, each with 4 KB of gradient and 4 KB of table rows in flight.
+Occupancy on sm_90 with fp32 rows of 64: 118 registers (SGD), 162 (rowwise Adagrad), 155 (Adam), so 17 or 12 one-warp
+programs fit an SM; the 1,664 programs of n = 106,496 are 12.6 an SM, each with 4 KB of gradient and 4 KB of table rows
+in flight (2 KB each with the tiles of Adagrad and Adam, whose state comes along). bf16 takes 189 registers.
 """
+
+import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..library import last_dim_contiguous
-from ..triton_support import Spec
+from ..triton_support import Spec, philox
 from .plan import Plan, sort_ids
 from .rule import RowState, Rule
 
@@ -58,41 +64,113 @@ def _join(left, left_starts, right, right_starts):
 
 
 @triton.jit
-def _fetch(weight, state, ids, chosen,
-           WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr):
-    """Rows [R, BLOCK_D] and accumulators [R] of the table rows ids [R] where chosen [R], in fp32."""
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    pointers = weight + ids.to(tl.int64)[:, None] * WEIGHT_STRIDE + columns
-    row = tl.load(pointers, mask=chosen[:, None] & (columns < DIM), other=0.0).to(tl.float32)
-    sums = tl.load(state + ids, mask=chosen, other=0.0) if ADAGRAD else tl.zeros(ids.shape, tl.float32)
-    return row, sums
+def _scalars(lr, step, seed, weight_decay, RULE: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr):
+    """(rate, what decay leaves in a step, its log2, step, key of the rounding) of this step; see rule.py.
+
+    In fp64, once a program: 1 - beta^t loses most digits of fp32 at small t.
+    """
+    exact = tl.full([], 1.0, tl.float64) * lr
+    keep = 1.0 - exact * weight_decay
+    rate, now, key = exact, 0, 0
+    if step is not None:
+        now = tl.load(step)
+    if RULE == "lazy-adam":
+        correction1 = 1.0 - tl.exp2(now.to(tl.float64) * LOG2_BETA1)
+        rate = exact * tl.sqrt(1.0 - tl.exp2(now.to(tl.float64) * LOG2_BETA2)) / correction1
+    if seed is not None:
+        key = tl.load(seed) + now * -0x61C8864680B583EB  # KEY_STEP - 2^64
+    return rate.to(tl.float32), keep.to(tl.float32), tl.log2(keep).to(tl.float32), now, key
 
 
 @triton.jit
-def _update(weight, state, ids, chosen, row, sums, grad, lr, eps,
-            WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ADAGRAD: tl.constexpr,
-            LR_IS_TENSOR: tl.constexpr):
-    """Write back what `_fetch` read, updated with grad [R, BLOCK_D]."""
+def _rounded(values, dtype: tl.constexpr, ids, which, num_rows, key, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """values fp32 [R, BLOCK_D] of the rows ids [R] as `dtype`; bf16 is rounded stochastically as in rule.py.
+
+    A Philox call yields the 8 halves of 8 neighbouring columns, which a thread holds as 16 bytes of bf16.
+    """
+    if dtype == tl.bfloat16:
+        counter = ((which * num_rows + ids.to(tl.int64)) * ((DIM + 7) // 8))[:, None]
+        w0, w1, w2, w3 = philox(key, counter + tl.arange(0, BLOCK_D // 8)[None, :])
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, BLOCK_D / 8, 2, 2]: w0, w1, w2, w3
+        noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), values.shape).to(tl.int32, bitcast=True)
+        bits = values.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        values = tl.where(finite, (bits + noise) & -0x10000, bits).to(tl.float32, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def _fetch(weight, first, second, last, ids, chosen,
+           WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RULE: tl.constexpr):
+    """What an update of the rows ids [R] reads, where chosen [R]: rows [R, BLOCK_D] fp32, first and second state in
+    fp32 ([R, BLOCK_D], or [R] where the rule has one number a row or none), and the step that touched them last."""
     columns = tl.arange(0, BLOCK_D)[None, :]
-    step = tl.load(lr).to(tl.float32) if LR_IS_TENSOR else lr
-    if ADAGRAD:
-        sums += tl.sum(grad * grad, 1) / DIM
-        tl.store(state + ids, sums, mask=chosen)
-        step = tl.div_rn(step, tl.sqrt_rn(sums) + eps)[:, None]
-    row -= step * grad
-    pointers = weight + ids.to(tl.int64)[:, None] * WEIGHT_STRIDE + columns
-    tl.store(pointers, row.to(weight.dtype.element_ty), mask=chosen[:, None] & (columns < DIM))
+    mask = chosen[:, None] & (columns < DIM)
+    wide = ids.to(tl.int64)
+    row = tl.load(weight + wide[:, None] * WEIGHT_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
+    a, b = tl.zeros(ids.shape, tl.float32), tl.zeros(ids.shape, tl.float32)
+    touched = tl.zeros(ids.shape, tl.int32)
+    if RULE == "rowwise-adagrad":
+        a = tl.load(first + ids, mask=chosen, other=0.0)
+    if RULE == "adagrad" or RULE == "lazy-adam":
+        a = tl.load(first + wide[:, None] * DIM + columns, mask=mask, other=0.0).to(tl.float32)
+    if RULE == "lazy-adam":
+        b = tl.load(second + wide[:, None] * DIM + columns, mask=mask, other=0.0).to(tl.float32)
+    if last is not None:
+        touched = tl.load(last + ids, mask=chosen, other=0)
+    return row, a, b, touched
+
+
+@triton.jit
+def _update(weight, first, second, last, ids, chosen, fetched, grad, scalars, eps, num_rows,
+            WEIGHT_STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, RULE: tl.constexpr,
+            FRESH1: tl.constexpr, FRESH2: tl.constexpr, DECAYS: tl.constexpr):
+    """Write back what `_fetch` read, updated with grad [R, BLOCK_D]."""
+    row, a, b, touched = fetched
+    rate, keep, log2_keep, now, key = scalars
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    mask = chosen[:, None] & (columns < DIM)
+    wide = ids.to(tl.int64)
+    move = rate * grad
+    if RULE == "rowwise-adagrad":
+        a += tl.sum(grad * grad, 1) / DIM
+        tl.store(first + ids, a, mask=chosen)
+        move = tl.div_rn(rate, tl.sqrt_rn(a) + eps)[:, None] * grad
+    elif RULE == "adagrad":
+        a += grad * grad
+        tl.store(first + wide[:, None] * DIM + columns, a, mask=mask)
+        move = rate * tl.div_rn(grad, tl.sqrt_rn(a) + eps)
+    elif RULE == "lazy-adam":
+        a += FRESH1 * (grad - a)
+        b += FRESH2 * (grad * grad - b)
+        move = rate * tl.div_rn(a, tl.sqrt_rn(b) + eps)
+        a = _rounded(a, first.dtype.element_ty, ids, 1, num_rows, key, DIM, BLOCK_D)
+        b = _rounded(b, second.dtype.element_ty, ids, 2, num_rows, key, DIM, BLOCK_D)
+        tl.store(first + wide[:, None] * DIM + columns, a, mask=mask)
+        tl.store(second + wide[:, None] * DIM + columns, b, mask=mask)
+    if last is not None:
+        tl.store(last + ids, now.to(tl.int32) + tl.zeros(ids.shape, tl.int32), mask=chosen)
+        row *= tl.exp2((now - touched).to(tl.float32) * log2_keep)[:, None]
+    elif DECAYS:
+        row *= keep
+    row = _rounded(row - move, weight.dtype.element_ty, ids, 0, num_rows, key, DIM, BLOCK_D)
+    tl.store(weight + wide[:, None] * WEIGHT_STRIDE + columns, row, mask=mask)
 
 
 @triton.jit
 def _chunk_kernel(
     weight,  # [num_rows, DIM], rows WEIGHT_STRIDE apart
-    state,  # [num_rows] fp32, or None without ADAGRAD
+    first,  # state of the rule as `RowState` has it, None where it has none
+    second,
+    last,
     sorted_ids,  # [n] int32 or int64
     order,  # [n] int64: sorted_ids[i] = ids[order[i]]
     rows,  # [n, DIM], rows ROWS_STRIDE apart
     partial,  # [chunks, 2, DIM] fp32
-    lr,  # fp32, or a pointer to one
+    lr,  # fp32, or a pointer to a float
+    step,  # pointers to int64, or None
+    seed,
+    weight_decay,
     eps,
     n,
     num_rows,
@@ -102,10 +180,17 @@ def _chunk_kernel(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    ADAGRAD: tl.constexpr,
+    RULE: tl.constexpr,
+    FRESH1: tl.constexpr,  # 1 - beta
+    FRESH2: tl.constexpr,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    DECAYS: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
+    rate = tl.load(lr) if LR_IS_TENSOR else lr
+    scalars = _scalars(rate, step, seed, weight_decay, RULE, LOG2_BETA1, LOG2_BETA2)
     sorted_ids += chunk * CHUNK
     order += chunk * CHUNK
     left = tl.minimum(n - chunk * CHUNK, CHUNK + 1).to(tl.int32)  # positions from here on, one beyond the chunk counted
@@ -128,15 +213,15 @@ def _chunk_kernel(
         ends = inside & ((ids != following) | (at == CHUNK - 1))
         finished = ends & ~crosses & (ids >= 0) & (ids < num_rows)
         grad = tl.load(rows + source[:, None] * ROWS_STRIDE + columns, mask=inside[:, None] & inside_row, other=0.0)
-        row, sums = _fetch(weight, state, ids, finished, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD)
+        fetched = _fetch(weight, first, second, last, ids, finished, WEIGHT_STRIDE, DIM, BLOCK_D, RULE)
         grad = grad.to(tl.float32)  # [TILE, BLOCK_D]
         starts = tl.broadcast_to((ids != previous)[:, None], [TILE, BLOCK_D])
         grad, starts = tl.associative_scan((grad, starts), 0, _join)
         grad += tl.where((ids == carried)[:, None], carry, 0.0)
         carry = tl.sum(tl.where((position == TILE - 1)[:, None], grad, 0.0), 0, keep_dims=True)
         carried = tl.load(sorted_ids + start + TILE - 1, mask=start + TILE <= left, other=-1)
-        _update(weight, state, ids, finished, row, sums, grad, lr, eps, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD,
-                LR_IS_TENSOR)
+        _update(weight, first, second, last, ids, finished, fetched, grad, scalars, eps, num_rows, WEIGHT_STRIDE, DIM,
+                BLOCK_D, RULE, FRESH1, FRESH2, DECAYS)
         slot = 2 * chunk + tl.where(began, 0, 1)
         tl.store(partial + slot[:, None] * DIM + columns, grad, mask=(ends & crosses)[:, None] & inside_row)
 
@@ -144,10 +229,15 @@ def _chunk_kernel(
 @triton.jit
 def _close_kernel(
     weight,  # [num_rows, DIM], rows WEIGHT_STRIDE apart
-    state,  # [num_rows] fp32, or None without ADAGRAD
+    first,  # state of the rule as `RowState` has it, None where it has none
+    second,
+    last,
     sorted_ids,  # [n] int32 or int64
     partial,  # [chunks, 2, DIM] fp32
-    lr,  # fp32, or a pointer to one
+    lr,  # fp32, or a pointer to a float
+    step,  # pointers to int64, or None
+    seed,
+    weight_decay,
     eps,
     chunks,
     num_rows,
@@ -156,35 +246,58 @@ def _close_kernel(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    ADAGRAD: tl.constexpr,
+    RULE: tl.constexpr,
+    FRESH1: tl.constexpr,  # 1 - beta
+    FRESH2: tl.constexpr,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    DECAYS: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)  # one of all but the last
     before = tl.load(sorted_ids + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
-    last = tl.load(sorted_ids + chunk * CHUNK + CHUNK - 1)
+    run = tl.load(sorted_ids + chunk * CHUNK + CHUNK - 1)
     after = tl.load(sorted_ids + chunk * CHUNK + CHUNK)
-    if (last == after) & (last != before):
+    if (run == after) & (run != before):
         columns = tl.arange(0, BLOCK_D)[None, :]
         total = tl.load(partial + (2 * chunk + 1) * DIM + columns, mask=columns < DIM, other=0.0)  # [1, BLOCK_D]
         tile = chunk + 1
-        goes_on = last == after
+        goes_on = run == after
         while goes_on:
             at = tile + tl.arange(0, TILE)
-            first = tl.load(sorted_ids + at * CHUNK, mask=at < chunks, other=-1)
-            mask = ((at < chunks) & (first == last))[:, None] & (columns < DIM)
+            head = tl.load(sorted_ids + at * CHUNK, mask=at < chunks, other=-1)
+            mask = ((at < chunks) & (head == run))[:, None] & (columns < DIM)
             total += tl.sum(tl.load(partial + 2 * at[:, None] * DIM + columns, mask=mask, other=0.0), 0, keep_dims=True)
             tile += TILE
-            goes_on = (tile < chunks) & (tl.load(sorted_ids + tile * CHUNK, mask=tile < chunks, other=-1) == last)
-        ids = last + tl.zeros([1], last.dtype)
+            goes_on = (tile < chunks) & (tl.load(sorted_ids + tile * CHUNK, mask=tile < chunks, other=-1) == run)
+        ids = run + tl.zeros([1], run.dtype)
         in_table = (ids >= 0) & (ids < num_rows)
-        row, sums = _fetch(weight, state, ids, in_table, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD)
-        _update(weight, state, ids, in_table, row, sums, total, lr, eps, WEIGHT_STRIDE, DIM, BLOCK_D, ADAGRAD,
-                LR_IS_TENSOR)
+        fetched = _fetch(weight, first, second, last, ids, in_table, WEIGHT_STRIDE, DIM, BLOCK_D, RULE)
+        rate = tl.load(lr) if LR_IS_TENSOR else lr
+        scalars = _scalars(rate, step, seed, weight_decay, RULE, LOG2_BETA1, LOG2_BETA2)
+        _update(weight, first, second, last, ids, in_table, fetched, total, scalars, eps, num_rows, WEIGHT_STRIDE, DIM,
+                BLOCK_D, RULE, FRESH1, FRESH2, DECAYS)
 
 
-def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor, rows: torch.Tensor,
-            lr: float | torch.Tensor, eps: float, plan: Plan | None) -> None:
-    """Both kernels; ids outside the table, which the lookup has refused, are left out."""
+def _tile(block: int, rule: str) -> tuple[int, int]:
+    """(positions of a tile, warps) of the first kernel; half the positions where rows of state come along."""
+    tile, warps = TILES[block]
+    return (max(2, tile // 2) if rule in ("adagrad", "lazy-adam") else tile), warps
+
+
+def _constants(rule: Rule) -> dict[str, Any]:
+    """What both kernels have compiled in."""
+    log1, log2 = (math.log2(beta) if beta else -math.inf for beta in (rule.beta1, rule.beta2))
+    return {"RULE": rule.name, "FRESH1": 1.0 - rule.beta1, "FRESH2": 1.0 - rule.beta2, "LOG2_BETA1": log1,
+            "LOG2_BETA2": log2, "DECAYS": bool(rule.weight_decay)}
+
+
+def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
+                  plan: Plan | None = None) -> None:
+    """`update_reference`, in place; ids outside the table, which the lookup has refused, are left out.
+
+    The plan, if any, is of these ids. A learning rate on the table's device is read there.
+    """
     num_rows, dim = weight.shape
     if dim > MAX_DIM:
         raise ValueError(f"rows of {dim} elements: kernels='triton' updates rows of at most {MAX_DIM}; "
@@ -194,50 +307,57 @@ def _launch(weight: torch.Tensor, state: torch.Tensor | None, ids: torch.Tensor,
     n = ids.numel()
     if n == 0:
         return
-    rows = last_dim_contiguous(rows)
+    rows, lr = last_dim_contiguous(rows), rule.lr
     on_device = isinstance(lr, torch.Tensor) and lr.device == weight.device
     lr = lr if on_device else float(lr)  # a tensor that is elsewhere is on the host: nothing waits
     sorted_ids, order = sort_ids(ids, num_rows) if plan is None else (plan.sorted_ids, plan.order)
     chunks, block = triton.cdiv(n, CHUNK), max(16, triton.next_power_of_2(dim))
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
-    tile, warps = TILES[block]
-    flags = (state is not None, on_device)
+    tile, warps = _tile(block, rule.name)
+    tables = (weight, state.first if rule.name != "sgd" else None,
+              state.second if rule.name == "lazy-adam" else None, state.last)
+    scalars = (lr, state.step, state.seed, float(rule.weight_decay), float(rule.eps))
+    constants = {"DIM": dim, "BLOCK_D": block, "CHUNK": CHUNK, "WEIGHT_STRIDE": weight.stride(0),
+                 "LR_IS_TENSOR": on_device, **_constants(rule)}
     with torch.cuda.device_of(weight):
-        _chunk_kernel[(chunks,)](weight, state, sorted_ids, order, rows, partial, lr, eps, n, num_rows,
-                                 weight.stride(0), rows.stride(0), dim, block, CHUNK, tile, *flags, num_warps=warps)
+        _chunk_kernel[(chunks,)](*tables, sorted_ids, order, rows, partial, *scalars, n, num_rows,
+                                 ROWS_STRIDE=rows.stride(0), TILE=tile, num_warps=warps, **constants)
         if chunks > 1:
-            _close_kernel[(chunks - 1,)](weight, state, sorted_ids, partial, lr, eps, chunks, num_rows,
-                                         weight.stride(0), dim, block, CHUNK, CLOSE_ELEMENTS // block, *flags,
-                                         num_warps=CLOSE_WARPS)
-    for written in (weight,) if state is None else (weight, state):
-        torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
+            _close_kernel[(chunks - 1,)](*tables, sorted_ids, partial, *scalars, chunks, num_rows,
+                                         TILE=CLOSE_ELEMENTS // block, num_warps=CLOSE_WARPS, **constants)
+    for written in tables:
+        if written is not None:
+            torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
 
 
-def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
-                  plan: Plan | None = None) -> None:
-    """`update_reference`, in place; the plan, if any, is of these ids."""
-    if rule.name not in ("sgd", "rowwise-adagrad") or rule.weight_decay or state.seed is not None:
-        raise NotImplementedError(f"kernels='triton' has no {rule.name} with decay or bf16 yet; use kernels='eager'")
-    _launch(weight, state.first, ids, rows, rule.lr, rule.eps, plan)
+# To compile without a GPU: (dim, rule, dtype of table and moments, decay that counts steps).
+AOT = [(64, "sgd", "fp32", False), (64, "rowwise-adagrad", "fp32", False), (64, "rowwise-adagrad", "bf16", True),
+       (64, "adagrad", "fp32", True), (64, "lazy-adam", "fp32", False), (64, "lazy-adam", "bf16", True),
+       (16, "rowwise-adagrad", "fp32", False), (2048, "rowwise-adagrad", "fp32", False),
+       (2048, "lazy-adam", "bf16", True)]
 
 
 def aot_specs() -> list[Spec]:
     """The launch configurations to compile without a GPU: both kernels at the tuned width, the ends of the table."""
-    kinds = {"state": "*fp32", "sorted_ids": "*i32", "order": "*i64", "partial": "*fp32",
-             "lr": "*fp32", "eps": "fp32", "n": "i32", "chunks": "i32", "num_rows": "i32"}
     specs = []
-    for dim, dtype, adagrad in [(64, "fp32", False), (64, "fp32", True), (64, "bf16", True), (16, "fp32", True),
-                                (2048, "fp32", True)]:
-        tile, warps = TILES[dim]
-        shared = {"WEIGHT_STRIDE": dim, "DIM": dim, "BLOCK_D": dim, "CHUNK": CHUNK, "ADAGRAD": adagrad,
-                  "LR_IS_TENSOR": True} | ({} if adagrad else {"state": None})
-        kinds |= {"weight": f"*{dtype}", "rows": f"*{dtype}"}
+    for dim, name, dtype, counts in AOT:
+        rule = Rule(name, 0.1, weight_decay=0.1 if counts else 0.0)
+        tile, warps = _tile(dim, name)
+        adam = name == "lazy-adam"
+        kinds = {"weight": f"*{dtype}", "first": f"*{dtype if adam else 'fp32'}", "second": f"*{dtype}",
+                 "last": "*i32", "sorted_ids": "*i32", "order": "*i64", "rows": "*fp32", "partial": "*fp32",
+                 "lr": "*fp32", "step": "*i64", "seed": "*i64", "weight_decay": "fp32", "eps": "fp32", "n": "i32",
+                 "chunks": "i32", "num_rows": "i32"}
+        absent = {"first": name == "sgd", "second": not adam, "last": not counts, "seed": dtype != "bf16",
+                  "step": not (adam or counts or dtype == "bf16")}
+        shared = {"WEIGHT_STRIDE": dim, "DIM": dim, "BLOCK_D": dim, "CHUNK": CHUNK, "LR_IS_TENSOR": True,
+                  **_constants(rule), **{argument: None for argument, is_absent in absent.items() if is_absent}}
         for kernel, constexprs, num_warps in [(_chunk_kernel, {"ROWS_STRIDE": dim, "TILE": tile}, warps),
                                               (_close_kernel, {"TILE": CLOSE_ELEMENTS // dim}, CLOSE_WARPS)]:
             if kernel is _close_kernel and dim != 64:
                 continue
             constexprs |= shared
-            signature = {name: kinds[name] for name in kernel.arg_names if name not in constexprs}
-            name = f"{kernel.__name__[1:]} {'adagrad' if adagrad else 'sgd'} {dtype} dim {dim}"
-            specs.append(Spec(kernel, signature, constexprs, num_warps, name))
+            signature = {argument: kinds[argument] for argument in kernel.arg_names if argument not in constexprs}
+            label = f"{kernel.__name__[1:]} {name} {dtype} dim {dim}" + (" counting steps" if counts else "")
+            specs.append(Spec(kernel, signature, constexprs, num_warps, label))
     return specs
