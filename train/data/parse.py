@@ -18,6 +18,7 @@ _WORD = 8  # bytes of the words that fields are read in
 _FRONT = 3 * _WORD  # room for the words of a number of MAX_DIGITS
 _BYTES = np.uint64(0x0101010101010101)  # times a byte: that byte eight times
 _TOP_BITS = _BYTES * np.uint64(0x80)
+_LONG = 100  # stands for all lengths beyond: those of no field
 _SHOWN = 60  # characters of an offending text
 
 
@@ -90,58 +91,58 @@ def _shown(text: bytes) -> str:
 
 
 def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
-    """The features, or None where anything breaks the format."""
+    """The features, or None where anything breaks the format. Within, arrays are [columns, n]: a field's are together.
+    """
     columns = COLUMNS if labelled else COLUMNS - 1
     # Padded, because words of 8 bytes are read that end where the first field does or begin where the last one does.
-    data = np.frombuffer(bytes(_FRONT) + text + bytes(_WORD), dtype=np.uint8)
+    data = np.frombuffer(b" " * _FRONT + text + b" " * _WORD, dtype=np.uint8)
     words = np.ndarray(len(data) - _WORD + 1, dtype="<u8", buffer=data, strides=1)  # the 8 bytes from each position
-    separators = np.flatnonzero((data == TAB) | (data == NEWLINE))
+    separators = np.flatnonzero(data <= NEWLINE)  # other bytes as low belong nowhere: found out by the next check
     if len(separators) % columns:
         return None
-    ends = separators.reshape(-1, columns)
-    is_newline = data[ends] == NEWLINE
-    if not is_newline[:, -1].all() or is_newline[:, :-1].any():
+    ends = np.ascontiguousarray(separators.reshape(-1, columns).T)
+    found = data[ends]
+    if (found[-1] != NEWLINE).any() or (found[:-1] != TAB).any():
         return None
     starts = np.empty_like(ends)
-    starts.ravel()[1:] = separators[:-1] + 1
-    starts[:1, 0] = _FRONT
-    lengths = ends - starts
+    starts[1:] = ends[:-1] + 1
+    starts[0, 1:] = ends[-1, :-1] + 1
+    starts[0, :1] = _FRONT
+    lengths = np.minimum(ends - starts, _LONG).astype(np.uint8)
 
     first, label = int(labelled), None
     if labelled:
-        label = data[starts[:, 0]] - np.uint8(ZERO)  # wraps for bytes below '0'
-        if (lengths[:, 0] != 1).any() or (label > 1).any():
+        label = data[starts[0]] - np.uint8(ZERO)  # wraps for bytes below '0'
+        if (lengths[0] != 1).any() or (label > 1).any():
             return None
-    numbers = slice(first, first + NUM_DENSE)
-    negative = data[starts[:, numbers]] == MINUS
-    values = _integers(words, ends[:, numbers], lengths[:, numbers], negative)
+    numbers, strings = slice(first, first + NUM_DENSE), slice(first + NUM_DENSE, None)
+    values = _integers(words, ends[numbers], lengths[numbers], data[starts[numbers]] == MINUS)
     if values is None:
         return None
-    strings = slice(first + NUM_DENSE, None)
-    hashes = _hashes(words[starts[:, strings]], lengths[:, strings])
+    hashes = _hashes(words[starts[strings]], lengths[strings])
     if hashes is None:
         return None
-    missing = lengths[:, strings] == 0
-    return Block(label, transform_dense(values), lengths[:, numbers] == 0, ids_of(hashes, missing, hash_bins), hashes,
-                 missing)
+    missing = lengths[strings] == 0
+    return Block(label, np.ascontiguousarray(transform_dense(values).T), (lengths[numbers] == 0).T,
+                 np.ascontiguousarray(ids_of(hashes, missing, hash_bins).T), hashes.T, missing.T)
 
 
 def _integers(words: np.ndarray, ends: np.ndarray, lengths: np.ndarray, negative: np.ndarray) -> np.ndarray | None:
-    """Decimal integers [n, 13], a missing one 0; None where something else stands."""
+    """Decimal integers [13, n], a missing one 0; None where something else stands."""
     digits = lengths - negative
-    longest = digits.max(initial=0)
+    longest = int(digits.max(initial=0))
     if longest > MAX_DIGITS or (negative & (digits == 0)).any():
         return None
     values = _number(words[ends - _WORD], np.minimum(digits, _WORD))
     if values is None:
         return None
     for done in range(_WORD, longest, _WORD):  # rare: 9 digits and more
-        row, column = np.nonzero(digits > done)
-        higher = _number(words[ends[row, column] - _WORD - done], np.minimum(digits[row, column] - done, _WORD))
+        field, row = np.nonzero(digits > done)
+        higher = _number(words[ends[field, row] - _WORD - done], np.minimum(digits[field, row] - done, _WORD))
         if higher is None:
             return None
-        values[row, column] += higher * 10**done
-    return np.where(negative, -values, values)
+        values[field, row] += higher * 10**done
+    return np.negative(values, out=values, where=negative)
 
 
 def _number(words: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
@@ -149,7 +150,7 @@ def _number(words: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
 
     Digits are added up in pairs, then the pairs in pairs, then those (Lemire, 2018: "Quickly parsing eight digits").
     """
-    skipped = (8 * (_WORD - digits)).astype(np.uint64)  # bits; 64 of them leave 0, as numpy defines shifts
+    skipped = ((_WORD - digits) * np.uint8(8)).astype(np.uint64)  # bits; 64 of them leave 0, as numpy defines shifts
     value = ((words ^ _BYTES * np.uint64(ZERO)) >> skipped) << skipped
     if (((value + _BYTES * np.uint64(0x80 - 10)) | value) & _TOP_BITS).any():
         return None
@@ -160,10 +161,10 @@ def _number(words: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
 
 
 def _hashes(words: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
-    """FNV-1a states uint32 [n, 26] of lowercase hex strings of at most 8 characters; None where another stands."""
+    """FNV-1a states uint32 [26, n] of lowercase hex strings of at most 8 characters; None where another stands."""
     if lengths.max(initial=0) > HEX:
         return None
-    basis = np.array([fnv_basis(field) for field in range(NUM_SPARSE)], dtype=np.uint32)
+    basis = np.array([[fnv_basis(field)] for field in range(NUM_SPARSE)], dtype=np.uint32)
     full = lengths == HEX
     if not (_is_hex(words) | ~full).all():
         return None
@@ -172,16 +173,16 @@ def _hashes(words: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
         for bits in range(0, 32, 8):
             state = fnv_step(state, (half >> np.uint32(bits)) & np.uint32(0xFF))
     state = np.where(full, state, basis)
-    row, column = np.nonzero((lengths > 0) & ~full)
+    field, row = np.nonzero((lengths > 0) & ~full)
     if len(row):  # rare: strings of 1 to 7 characters
-        length, word, short = lengths[row, column], words[row, column], basis[column]
+        length, word, short = lengths[field, row], words[field, row], basis[field, 0]
         for i in range(HEX - 1):
             character = (word >> np.uint64(8 * i)) & np.uint64(0xFF)
             inside = i < length
             if not np.isin(character[inside], np.frombuffer(b"0123456789abcdef", dtype=np.uint8)).all():
                 return None
             short = np.where(inside, fnv_step(short, character.astype(np.uint32)), short)
-        state[row, column] = short
+        state[field, row] = short
     return state
 
 

@@ -181,12 +181,13 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
             writers[name] = SplitWriter(directory / f"{name}.arrow", settings.num_dense)
         for block in read_blocks(sources, labelled=True, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
                                  seen=counts.add, progress=progress):
-            rows, valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
+            rows, in_valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
+            train, valid = np.flatnonzero(~in_valid), np.flatnonzero(in_valid)
             settings.skipped_lines += block.skipped
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
-            held_out = [column[valid] for column in columns]
+            held_out = [column.take(valid, axis=0) for column in columns]
             gold = settings.gold_rows - writers["gold"].rows
-            writers["train"].add(*(column[~valid] for column in columns))
+            writers["train"].add(*(column.take(train, axis=0) for column in columns))
             writers["valid"].add(*held_out)
             writers["gold"].add(*(column[:gold] for column in held_out))
             validation.append((block.line_index[valid], rows.label[valid]))

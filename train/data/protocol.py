@@ -50,7 +50,10 @@ def hash_strings(field: int, strings: pa.Array | Sequence[str], hash_bins: int) 
 
 def ids_of(state: np.ndarray, missing: np.ndarray, hash_bins: int) -> np.ndarray:
     """FNV-1a states uint32 -> ids int32; 0 where missing."""
-    return np.where(missing, 0, state % np.uint32(hash_bins)).astype(np.int32)
+    bins = np.uint32(hash_bins)
+    ids = state - state // bins * bins  # the remainder: numpy has vector code for a division by one number, not for %
+    ids[missing] = 0
+    return ids.view(np.int32)
 
 
 _SMALL = 1 << 16  # values below are looked up; most numbers of Criteo are counts far smaller

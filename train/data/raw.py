@@ -20,6 +20,7 @@ from .artifacts import Artifacts
 from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
 
 BLOCK_BYTES = 1 << 19  # some 2,000 lines: larger arrays leave the cache and are mapped anew at each use
+KEPT_BYTES = 24 << 20  # below 32 MB, up to which glibc lets the threshold rise
 MAX_LINE_BYTES = 1 << 20
 MAX_THREADS = 8  # each holds some 50 MB; the one thread that reads keeps no more of them busy
 GZIP_MAGIC = b"\x1f\x8b"
@@ -146,21 +147,22 @@ def read_blocks(
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(cpus, MAX_THREADS)
     first_line = 0  # of the file, counted over all files
+    # glibc keeps freed memory below a threshold that rises to the largest array freed so far (mallopt(3)). Without
+    # this one, all threads return theirs to the kernel and fault it in anew block after block.
+    np.empty(KEPT_BYTES, dtype=np.uint8)
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[ParsedBlock]] = deque()
         try:
             for source in sources:
-                before = source.bytes_read
+                before = here = 0
                 for text in source.blocks():
                     if labelled is None:
                         labelled = text[:text.index(b"\n")].count(b"\t") + 1 != COLUMNS - 1
-                    count = text.count(b"\n")
-                    here = source.lines - count
                     waiting.append(pool.submit(_parse, text, source.path, here, first_line + here, labelled,
                                                hash_bins, on_bad_line, seen))
                     if progress is not None:
-                        progress(count, source.bytes_read - before)
-                    before = source.bytes_read
+                        progress(source.lines - here, source.bytes_read - before)
+                    before, here = source.bytes_read, source.lines
                     if len(waiting) > 2 * threads:
                         yield waiting.popleft().result()
                 first_line += source.lines
