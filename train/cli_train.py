@@ -60,7 +60,7 @@ def command(model: str | None, recipe: str | None, out: Path | None, resume: boo
     """Train DCNv2, AutoInt or FT-Transformer; ends with logloss and AUC on the gold rows.
 
     The run's directory holds config.json, metrics.jsonl, last.pt, best.pt (with --eval-every) and gold.json.
-    Ctrl-C saves a checkpoint; --resume goes on from it as if nothing had happened.
+    Ctrl-C or kill saves a checkpoint; --resume goes on from it as if nothing had happened.
     """
     return run(Request(model, recipe, seed, deterministic, {name: options[name] for name in HYPERPARAMETERS},
                        {name: options[name] for name in MACHINE}, out, bool(resume), bool(skip_if_done)))

@@ -1,16 +1,20 @@
 """What all console scripts share: errors of the user's become one sentence and an exit code."""
 
+import signal
 import sys
 
 import click
 
 from .errors import UserError
-
-INTERRUPTED = 130  # the shell's convention for Ctrl-C
+from .interrupt import Killed, exit_code, raise_killed
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a click command as the script `name`: UserError and OSError -> one line on stderr, exit code 1."""
+    """Run a click command as the script `name`: UserError and OSError -> one line on stderr, exit code 1.
+
+    Ctrl-C and `kill` (SIGTERM) end it alike: what is half-written is removed, exit codes 130 and 143.
+    """
+    before = signal.signal(signal.SIGTERM, raise_killed)
     try:
         code = command.main(prog_name=name, standalone_mode=False)
     except UserError as error:
@@ -19,11 +23,15 @@ def run_command(command: click.Command, name: str) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(_say(name, "interrupted", INTERRUPTED))
+        sys.exit(_say(name, "interrupted", exit_code(signal.SIGINT)))
+    except Killed:
+        sys.exit(_say(name, "killed", exit_code(signal.SIGTERM)))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
         sys.exit(_say(name, f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code or 0)
 
 

@@ -78,7 +78,7 @@ class Trainer:
         restore_rng(content)
 
     def train(self, interrupt: Interrupt) -> str:
-        """Train until all steps are done, patience is over or Ctrl-C was pressed, and save last.pt.
+        """Train until all steps are done, patience is over or the run is interrupted, and save last.pt.
 
         Returns: "finished", "patience" or "interrupted".
 

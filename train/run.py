@@ -17,7 +17,7 @@ from .errors import UserError
 from .evaluate import gold_report
 from .files import read_json, write_json
 from .graph import CudaRecorder, choose_cuda_graph
-from .interrupt import Interrupt
+from .interrupt import Interrupt, exit_code
 from .loop import Trainer
 from .machine import choose_device, resolve_kernels, set_up_torch, versions
 from .recipes import resolve_recipe
@@ -48,7 +48,10 @@ class Request:
 
 
 def run(request: Request) -> int:
-    """Train, or go on training, evaluate on the gold rows and print the result; the exit code: 0, 130 for Ctrl-C."""
+    """Train, or go on training, evaluate on the gold rows and print the result.
+
+    Returns: the exit code, 0; where a signal stopped the run, 130 (Ctrl-C) or 143 (`kill`).
+    """
     directory = _directory(request)
     exists = (directory / "config.json").exists()
     if request.resume and not exists:
@@ -148,7 +151,7 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
     if outcome == "interrupted":
         click.echo(f"interrupted after step {trainer.step:,} of {trainer.total_steps:,}, which is saved; go on with: "
                    f"ctr-train --resume --out {directory}", err=True)
-        return 130
+        return exit_code(interrupt.requested)
     click.echo(f"evaluating on {gold.rows:,} gold rows", err=True)
     _evaluate_gold(directory, trainer, data)
     click.echo(result_table(directory))

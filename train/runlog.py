@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .errors import UserError
 from .files import atomic_path
 
 NAME = "metrics.jsonl"
@@ -23,7 +24,7 @@ class RunLog:
         kept = [line for line in read_log(self._path.parent) if line["step"] <= self._step]
         with atomic_path(self._path) as temporary:
             temporary.write_text("".join(_line(entry) for entry in kept))
-        self._handle = open(self._path, "a", buffering=1)  # each line reaches the file at once
+        self._handle = open(self._path, "ab", buffering=0)  # each line reaches the file at once
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -31,8 +32,13 @@ class RunLog:
         self._handle.close()
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add a line; ValueError for NaN or infinity, which JSON does not have."""
-        self._handle.write(_line(entry))
+        """Add a line. ValueError for NaN or infinity, which JSON does not have; UserError where that fails."""
+        line = _line(entry).encode()
+        try:
+            while line:  # a disk that fills up takes a part first
+                line = line[self._handle.write(line):]
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:

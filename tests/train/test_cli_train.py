@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import struct
 import subprocess
@@ -144,17 +145,23 @@ def test_on_a_terminal_progress_is_a_bar(prepared, tmp_path):
     assert text.count("\n") <= 3
 
 
-def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(prepared, tmp_path, ctr_train):
-    arguments = (*QUICK, "--data", prepared, "--epochs", "4", "--eval-every", "100", "--dropout", "0.3")
+def stop_on_the_way(tmp_path: Path, arguments: tuple[str | Path, ...], number: int) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a run in `tmp_path`/run that gets a signal once it has logged 20 steps."""
     with subprocess.Popen([*COMMAND, *map(str, arguments), "--out", "run"], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         log = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 60
         while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    return process.returncode, out, err
+
+
+def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(prepared, tmp_path, ctr_train):
+    arguments = (*QUICK, "--data", prepared, "--epochs", "4", "--eval-every", "100", "--dropout", "0.3")
+    code, out, err = stop_on_the_way(tmp_path, arguments, signal.SIGINT)
+    assert code == 130, err
     said = re.search(r"interrupted after step (\d+) of (\d+), which is saved; go on with: (ctr-train .*)\n", err)
     assert said and said[3] == "ctr-train --resume --out run"
     assert "Traceback" not in err and out == ""
@@ -167,6 +174,28 @@ def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(prepared
     assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
     assert [read(tmp_path / name / "gold.json")["logloss"] for name in ("run", "whole")] == [
         read(tmp_path / "whole" / "gold.json")["logloss"]] * 2
+
+
+def test_kill_saves_too_and_a_full_disk_leaves_that_checkpoint(prepared, tmp_path, ctr_train):
+    arguments = (*QUICK, "--data", prepared, "--epochs", "4")
+    code, out, err = stop_on_the_way(tmp_path, arguments, signal.SIGTERM)
+    assert (code, out) == (143, "") and "Traceback" not in err, err
+    assert err.endswith("which is saved; go on with: ctr-train --resume --out run\n")
+    run = tmp_path / "run"
+    checkpoint = (run / "last.pt").read_bytes()
+    left = sorted(path.name for path in run.iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = max(path.stat().st_size for path in run.iterdir() if path.name != "last.pt")  # the log outgrows them all
+    for name, limit in (("metrics.jsonl", small + 50), ("last.pt", len(checkpoint) - 1)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # longer files then fail as on a full disk
+        try:
+            done = ctr_train("--resume", "--out", "run")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1] == f"ctr-train: cannot write run/{name}: File too large"
+        assert (run / "last.pt").read_bytes() == checkpoint
+        assert sorted(path.name for path in run.iterdir()) == left
 
 
 def test_a_finished_run_is_shown_again_and_not_trained_again(finished, prepared, ctr_train):

@@ -156,18 +156,19 @@ def _check_out(out: Path) -> None:
 
 
 def _put_in_place(work: Path, out: Path) -> None:
-    """Rename the finished directory to its name; an earlier one goes last, and comes back if that fails."""
+    """Rename the finished directory to its name; an earlier one goes last, and comes back if anything prevents that."""
     if not out.exists():
         os.replace(work, out)
         return
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    os.replace(out, old)
     try:
+        os.replace(out, old)
         os.replace(work, out)
-    except OSError:
-        os.replace(old, out)
-        raise
-    shutil.rmtree(old)
+    finally:
+        if not out.exists():
+            os.replace(old, out)
+        elif old.exists():
+            shutil.rmtree(old)
 
 
 def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str,

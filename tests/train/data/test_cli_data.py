@@ -167,8 +167,12 @@ def test_a_full_disk_leaves_the_older_data(ctr_data, tmp_path, raw):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("moment", ["reading", "writing"])
-def test_ctrl_c_leaves_nothing(start_ctr_data, tmp_path, raw, moment):
+@pytest.mark.parametrize(("moment", "number", "code", "said"), [
+    ("reading", signal.SIGINT, 130, "interrupted"),
+    ("writing", signal.SIGINT, 130, "interrupted"),
+    ("writing", signal.SIGTERM, 143, "killed"),
+])
+def test_ctrl_c_and_kill_leave_nothing(start_ctr_data, tmp_path, raw, moment, number, code, said):
     big = tmp_path / "big.tsv"
     big.write_bytes(raw.read_bytes() * MANY)
     process = start_ctr_data("prepare", "--input", big, "--out", "new/out")
@@ -180,10 +184,10 @@ def test_ctrl_c_leaves_nothing(start_ctr_data, tmp_path, raw, moment):
 
     while not reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, (stdout, stderr)
-    assert stderr.split() == ["ctr-data:", "interrupted"]
+    assert process.returncode == code, (stdout, stderr)
+    assert stderr.split() == ["ctr-data:", said]
     assert names(tmp_path / "new") == []
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ctr_train.data.prepare import prepare
 from ctr_train.data.protocol import DENSE_NAMES, SPARSE_NAMES, is_validation
 from ctr_train.data.raw import read_features
 from ctr_train.errors import UserError
+from ctr_train.interrupt import Killed
 
 
 def write(path: Path, lines: list[str], end: str = "\n") -> Path:
@@ -118,6 +120,26 @@ def test_an_older_directory_stays_until_the_new_one_is_complete(tmp_path: Path) 
     prepare([write(tmp_path / "c.tsv", raw_lines(70, seed=1))], tmp_path / "out")
     assert Artifacts.load(tmp_path / "out").sources[0]["rows"] == 70
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "b.tsv", "c.tsv", "out"]
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_killed_between_the_renames_one_of_both_directories_stays(tmp_path: Path, monkeypatch, renamed: int) -> None:
+    for name, rows in (("a.tsv", 50), ("b.tsv", 70)):
+        write(tmp_path / name, raw_lines(rows))
+    prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    replace, calls = os.replace, []
+
+    def killed_after(old: Path, new: Path) -> None:
+        replace(old, new)
+        calls.extend([new] if Path(new).is_dir() else [])
+        if len(calls) == renamed and Path(new).is_dir():
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", killed_after)
+    with pytest.raises(Killed):
+        prepare([tmp_path / "b.tsv"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "b.tsv", "out"]
+    assert Artifacts.load(tmp_path / "out").sources[0]["rows"] == (50 if renamed == 1 else 70)
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
