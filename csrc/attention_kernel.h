@@ -1,4 +1,5 @@
-// Attention of one (sample, head) at a time, forward and backward, the F x F map in L1 only.
+// Attention of one (sample, head) at a time, forward and backward, the F x F maps in L1 only and transposed: queries lie
+// along the vectors, so that maxima and sums over the keys are whole-vector operations.
 //
 // Forward: S = scale Q K^T, P = softmax(S), O = (P * M) V with M the dropout multipliers. Backward, from P
 // recomputed: dV = (P * M)^T dO; dP = (dO V^T) * M; dS = scale P * (dP - rowsum(P * dP)); dQ = dS K; dK = dS^T Q.
@@ -14,9 +15,10 @@ namespace CTR_ISA {
 
 constexpr int64_t kMax = 64;  // fields, and width of a head
 constexpr int64_t kHead = kMax * kMax;
+using Pitch = Constant<kMax>;  // of the maps [key, query] and of transposed inputs
 
 struct alignas(64) AttentionScratch {
-  float transposed[kHead], p[kHead], dp[kHead], mask[kHead];
+  float transposed[kHead], p[kHead], dp[kHead], mask[kHead];    // p, dp, mask: [key, query]
   float inverse[kMax];
   float q[kHead], k[kHead], v[kHead], go[kHead];                // bf16 inputs as fp32
   float out[kHead], dq[kHead], dk[kHead], dv[kHead];            // bf16 outputs before rounding
@@ -65,110 +67,89 @@ __attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& ar
     }
 }
 
-// Rows of p [fields, NV * W] become exp(x - max), columns from `fields` on 0; inverse[r] = 1 / the row's sum. With
-// kNormalise they become the softmax itself. Without, nothing waits for the division.
-template <int NV, bool kNormalise>
-void softmax_rows(float* p, int64_t fields, float* inverse) {
-  const IVec column = lane_index() + (NV - 1) * W;
-  for (int64_t r = 0; r < fields; ++r) {
-    float* row = p + r * NV * W;
-    Vec x[NV];
-    for (int i = 0; i < NV; ++i) x[i] = load(row + i * W);
-    x[NV - 1] = column >= static_cast<int32_t>(fields) ? splat(-__builtin_inff()) : x[NV - 1];
-    Vec top = x[0];
-    for (int i = 1; i < NV; ++i) top = vmax(top, x[i]);
-    top = max_lanes(top);
+// Columns of p [key, query] become exp2(factor (x - max)); inverse[query] = 1 / the column's sum.
+inline void softmax_columns(float* p, int64_t fields, float factor, float* inverse) {
+  for (int64_t query = 0; query < fields; query += W) {
+    float* column = p + query;
+    Vec top = load(column);
+    for (int64_t key = 1; key < fields; ++key) top = vmax(top, load(column + key * kMax));
+    Vec sum = {};  // NaN if any logit is
+    for (int64_t key = 0; key < fields; ++key) {
+      const Vec e = exp2_nonpositive((load(column + key * kMax) - top) * factor);  // exactly 1 at the maximum
+      sum += e;
+      store(column + key * kMax, e);
+    }
+    store(inverse + query, 1.0f / sum);
+  }
+}
+
+// p, as softmax_columns leaves it, becomes P * M, and dp dS.
+template <bool kDropout>
+void score_gradient(float* p, float* dp, const float* mask, int64_t fields, float scale, const float* inverse) {
+  for (int64_t query = 0; query < fields; query += W) {
+    const Vec factor = load(inverse + query);
     Vec sum = {};
-    for (int i = 0; i < NV; ++i) {
-      x[i] = exp2_nonpositive((x[i] - top) * kLog2e);  // exactly 1 at the maximum
-      sum += x[i];
-    }
-    inverse[r] = sum_lanes(sum)[0];  // NaN if any logit is
-    if (kNormalise) sum = splat(1.0f / inverse[r]);
-    for (int i = 0; i < NV; ++i) store(row + i * W, kNormalise ? x[i] * sum : x[i]);
-  }
-  for (int64_t r = 0; r < fields; r += W) store(inverse + r, 1.0f / load(inverse + r));
-}
-
-template <bool kNormalise, int NV = kMax / W>
-void softmax(float* p, int64_t fields, int64_t vectors, float* inverse) {
-  if (vectors == NV) return softmax_rows<NV, kNormalise>(p, fields, inverse);
-  if constexpr (NV > 1) softmax<kNormalise, NV - 1>(p, fields, vectors, inverse);
-}
-
-// Rows of p and dp [fields, NV * W] become P * M and dS; without dropout p stays as it is.
-template <int NV>
-void score_gradient_rows(float* p, float* dp, const float* mask, int64_t mask_pitch, int64_t fields, float scale) {
-  for (int64_t r = 0; r < fields; ++r) {
-    Vec probability[NV], gradient[NV], sum = {};
-    for (int i = 0; i < NV; ++i) {
-      probability[i] = load(p + (r * NV + i) * W);
-      gradient[i] = load(dp + (r * NV + i) * W);
-      if (mask) {
-        const Vec multiplier = load(mask + r * mask_pitch + i * W);
-        gradient[i] *= multiplier;
-        store(p + (r * NV + i) * W, probability[i] * multiplier);
+    for (int64_t at = query; at < fields * kMax; at += kMax) {
+      const Vec probability = load(p + at) * factor;
+      Vec gradient = load(dp + at);
+      if (kDropout) {
+        gradient *= load(mask + at);
+        store(dp + at, gradient);
       }
-      sum += probability[i] * gradient[i];
+      store(p + at, probability);
+      sum += probability * gradient;
     }
-    sum = sum_lanes(sum);
-    for (int i = 0; i < NV; ++i) store(dp + (r * NV + i) * W, probability[i] * (gradient[i] - sum) * scale);
+    for (int64_t at = query; at < fields * kMax; at += kMax) {
+      const Vec probability = load(p + at);
+      store(dp + at, probability * (load(dp + at) - sum) * scale);
+      if (kDropout) store(p + at, probability * load(mask + at));
+    }
   }
 }
 
-template <int NV = kMax / W>
-void score_gradient(float* p, float* dp, const float* mask, int64_t mask_pitch, int64_t fields, float scale,
-                    int64_t vectors) {
-  if (vectors == NV) return score_gradient_rows<NV>(p, dp, mask, mask_pitch, fields, scale);
-  if constexpr (NV > 1) score_gradient<NV - 1>(p, dp, mask, mask_pitch, fields, scale, vectors);
-}
-
-// s.p and s.inverse as softmax_rows leaves them for scale Q K^T, pitch = fields rounded up to W; s.mask with pitch
-// 32 * groups where dropping.
-template <bool kNormalise>
-void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
-                          int64_t pitch, AttentionScratch& s) {
-  const int64_t fields = args.fields;
-  transpose_block(k.data, k.stride, fields, args.head_dim, s.transposed, pitch);
-  gemm<Layout::rows>(fields, pitch, args.head_dim, q.data, q.stride, s.transposed, pitch,
-                     StoreScaled{s.p, pitch, args.scale});
-  softmax<kNormalise>(s.p, fields, pitch / W, s.inverse);
+// s.p and s.inverse as softmax_columns leaves them; s.mask where dropping.
+inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
+                          AttentionScratch& s) {
+  const int64_t fields = args.fields, queries = (fields + W - 1) / W * W;
+  transpose_block(q.data, q.stride, fields, args.head_dim, s.transposed, kMax);
+  if (args.scale < 0.0f)  // the maximum is that of the scaled logits
+    for (int64_t i = 0; i < args.head_dim * kMax; i += W) store(s.transposed + i, -load(s.transposed + i));
+  gemm<Layout::rows>(fields, queries, args.head_dim, k.data, k.stride, s.transposed, Pitch{}, Store{s.p, kMax});
+  softmax_columns(s.p, fields, (args.scale < 0.0f ? -args.scale : args.scale) * kLog2e, s.inverse);
   if (args.dropout.threshold == 0) return;
   const int64_t groups = (fields + 31) / 32, first = (sample * args.heads + head) * fields * groups;
   for (int64_t group = 0; group < groups; ++group)
-    dropout_groups(args.dropout, first + group, groups, fields, s.mask + 32 * group, 32 * groups);
+    for (int64_t query = 0; query < fields; query += W)
+      dropout_columns(args.dropout, first + query * groups + group, groups, s.mask + 32 * group * kMax + query, kMax);
 }
 
 inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
-  const int64_t fields = args.fields, pitch = (fields + W - 1) / W * W;
+  const int64_t fields = args.fields;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), out = output(args, args.out, sample, head, s.out);
-  probabilities<false>(args, q, k, sample, head, pitch, s);
-  if (args.dropout.threshold != 0) {
-    const int64_t mask_pitch = (fields + 31) / 32 * 32;
-    for (int64_t r = 0; r < fields; ++r)
-      for (int64_t c = 0; c < pitch; c += W)
-        store(s.p + r * pitch + c, load(s.p + r * pitch + c) * load(s.mask + r * mask_pitch + c));
-  }
-  gemm<Layout::rows>(fields, args.head_dim, fields, s.p, pitch, v.data, v.stride,
-                     StoreRowScaled{out.data, out.stride, s.inverse});
+  probabilities(args, q, k, sample, head, s);
+  if (args.dropout.threshold != 0)
+    for (int64_t row = 0; row < fields * kMax; row += kMax)
+      for (int64_t at = row; at < row + fields; at += W) store(s.p + at, load(s.p + at) * load(s.mask + at));
+  gemm<Layout::transposed>(fields, args.head_dim, fields, s.p, Pitch{}, v.data, v.stride,
+                           StoreRowScaled{out.data, out.stride, s.inverse});
   flush(args, args.out, sample, head, out);
 }
 
 inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
-  const int64_t fields = args.fields, width = args.head_dim, pitch = (fields + W - 1) / W * W;
+  const int64_t fields = args.fields, width = args.head_dim, queries = (fields + W - 1) / W * W;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), go = input(args, args.grad_out, sample, head, s.go);
   const View dq = output(args, args.dq, sample, head, s.dq), dk = output(args, args.dk, sample, head, s.dk);
   const View dv = output(args, args.dv, sample, head, s.dv);
-  probabilities<true>(args, q, k, sample, head, pitch, s);
-  transpose_block(v.data, v.stride, fields, width, s.transposed, pitch);
-  gemm<Layout::rows>(fields, pitch, width, go.data, go.stride, s.transposed, pitch, Store{s.dp, pitch});
-  score_gradient(s.p, s.dp, args.dropout.threshold ? s.mask : nullptr, (fields + 31) / 32 * 32, fields, args.scale,
-                 pitch / W);
-  gemm<Layout::rows>(fields, width, fields, s.dp, pitch, k.data, k.stride, Store{dq.data, dq.stride});
-  gemm<Layout::transposed>(fields, width, fields, s.dp, pitch, q.data, q.stride, Store{dk.data, dk.stride});
-  gemm<Layout::transposed>(fields, width, fields, s.p, pitch, go.data, go.stride, Store{dv.data, dv.stride});
+  probabilities(args, q, k, sample, head, s);
+  transpose_block(go.data, go.stride, fields, width, s.transposed, kMax);
+  gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kMax});
+  if (args.dropout.threshold != 0) score_gradient<true>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
+  else score_gradient<false>(s.p, s.dp, nullptr, fields, args.scale, s.inverse);
+  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride, Store{dq.data, dq.stride});
+  gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride});
+  gemm<Layout::rows>(fields, width, fields, s.p, Pitch{}, go.data, go.stride, Store{dv.data, dv.stride});
   flush(args, args.dq, sample, head, dq);
   flush(args, args.dk, sample, head, dk);
   flush(args, args.dv, sample, head, dv);

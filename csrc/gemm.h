@@ -14,6 +14,12 @@ constexpr int max_rows(int vectors) {
 
 enum class Layout { rows, transposed };  // of A: A[m * lda + k], or A[k * lda + m]
 
+// A row pitch that the compiler knows: elements of A are then read at fixed displacements.
+template <int64_t kValue>
+struct Constant {
+  constexpr operator int64_t() const { return kValue; }
+};
+
 // What is done with the sums: out = sum, out = sum * scale, out += sum, out = sum + bias[n].
 struct Store {
   float* out;
@@ -46,8 +52,8 @@ struct StoreBiased {
   void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum + load(bias + n)); }
 };
 
-template <int R, int NV, Layout kLayout, class Finish>
-inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t m, int64_t n,
+template <int R, int NV, Layout kLayout, class Lda, class Finish>
+inline void tile(const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m, int64_t n,
                  Finish finish) {
   Vec acc[R][NV] = {};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
@@ -70,16 +76,16 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64
     for (int v = 0; v < NV; ++v) finish(m + r, n + v * W, acc[r][v]);
 }
 
-template <int R, int NV, Layout kLayout, class Finish>
-inline void tile_of(int64_t rows, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, int64_t m,
+template <int R, int NV, Layout kLayout, class Lda, class Finish>
+inline void tile_of(int64_t rows, const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m,
                     int64_t n, Finish finish) {
   if (rows == R) return tile<R, NV, kLayout>(a, lda, b, ldb, depth, m, n, finish);
   if constexpr (R > 1) tile_of<R - 1, NV, kLayout>(rows, a, lda, b, ldb, depth, m, n, finish);
 }
 
 // One panel of NV vectors: all rows, in chunks as equal as they can be.
-template <int NV, Layout kLayout, class Finish>
-__attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b,
+template <int NV, Layout kLayout, class Lda, class Finish>
+__attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a, Lda lda, const float* b,
                                      int64_t ldb, int64_t n, Finish finish) {
   constexpr int kMax = max_rows(NV);
   const int64_t chunks = (rows + kMax - 1) / kMax;
@@ -92,8 +98,8 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a
 }
 
 // finish(m, n, sums of columns n..n+W-1) for all m < rows and n < columns (a multiple of W).
-template <Layout kLayout, class Finish>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
+template <Layout kLayout, class Lda, class Finish>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, Lda lda, const float* b,
                  int64_t ldb, Finish finish) {
   int64_t n = 0;
   for (; n + kTileVectors * W <= columns; n += kTileVectors * W)

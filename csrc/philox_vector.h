@@ -43,13 +43,27 @@ inline PhiloxWords philox_pairs(uint64_t seed, U64 counter) {
   return {{c0, c1, c2, c3}};
 }
 
+// The multipliers of the counters even[0], odd[0], even[1], odd[1], ...: word w of each in w.
+struct Multipliers {
+  Vec word[4];
+};
+inline Multipliers draw(const DropoutArgs& dropout, U64 even, U64 odd) {
+  const int32_t threshold = static_cast<int32_t>(dropout.threshold);
+  const PhiloxWords low = philox_pairs(dropout.seed, even), high = philox_pairs(dropout.seed, odd);
+  Multipliers result;
+  for (int word = 0; word < 4; ++word) {
+    const U64 both = (low.word[word] & 0xFFFFFFFFu) | (high.word[word] << 32);
+    const IVec drawn = (IVec)((U32)both >> 1);
+    result.word[word] = drawn >= threshold ? splat(dropout.keep_scale) : Vec{};
+  }
+  return result;
+}
 
 // out[i * pitch + 0..31] = keep_scale or 0 for the 32 columns of group first_group + i * stride, i < groups.
 inline void dropout_groups(const DropoutArgs& dropout, uint64_t first_group, uint64_t stride, int64_t groups,
                            float* out, int64_t pitch) {
   constexpr int kAtOnce = W > 8 ? W / 8 : 1;  // groups in one vector
   constexpr int kParts = W < 8 ? 8 / W : 1;   // vectors for the 8 lanes of one group
-  const int32_t threshold = static_cast<int32_t>(dropout.threshold);
   U64 even_offset, odd_offset;  // of the counters, from that of group i's first lane
   for (int lane = 0; lane < kPairs; ++lane) {
     even_offset[lane] = (2 * lane / 8) * stride * 8 + 2 * lane % 8;
@@ -59,11 +73,9 @@ inline void dropout_groups(const DropoutArgs& dropout, uint64_t first_group, uin
     for (int part = 0; part < kParts; ++part) {
       const uint64_t first = (first_group + i * stride) * 8 + part * W;
       const U64 even = even_offset + first, odd = odd_offset + first;
-      const PhiloxWords low = philox_pairs(dropout.seed, even), high = philox_pairs(dropout.seed, odd);
+      const Multipliers drawn = draw(dropout, even, odd);
       for (int word = 0; word < 4; ++word) {
-        const U64 both = (low.word[word] & 0xFFFFFFFFu) | (high.word[word] << 32);
-        const IVec draw = (IVec)((U32)both >> 1);
-        const Vec multiplier = draw >= threshold ? splat(dropout.keep_scale) : Vec{};
+        const Vec multiplier = drawn.word[word];
         if constexpr (W <= 8) {
           store(out + i * pitch + word * 8 + part * W, multiplier);
         } else {
@@ -73,6 +85,20 @@ inline void dropout_groups(const DropoutArgs& dropout, uint64_t first_group, uin
         }
       }
     }
+}
+
+// The same transposed: out[c * pitch + i] for the columns c = 0..31 of group first_group + i * stride, i < W.
+inline void dropout_columns(const DropoutArgs& dropout, uint64_t first_group, uint64_t stride, float* out,
+                            int64_t pitch) {
+  U64 even, odd;
+  for (int lane = 0; lane < kPairs; ++lane) {
+    even[lane] = (first_group + 2 * lane * stride) * 8;
+    odd[lane] = even[lane] + stride * 8;
+  }
+  for (uint64_t lane = 0; lane < 8; ++lane) {
+    const Multipliers drawn = draw(dropout, even + lane, odd + lane);
+    for (int word = 0; word < 4; ++word) store(out + (word * 8 + lane) * pitch, drawn.word[word]);
+  }
 }
 
 }  // namespace CTR_ISA
