@@ -9,19 +9,20 @@ from collections.abc import Callable
 
 import torch
 
+FP32_UNIT = torch.finfo(torch.float32).eps
 SEED = 0x1234_5678_9ABC_DEF0
 Tensors = list[torch.Tensor]
 
 
-def assert_parity(found: Tensors, eager: Tensors, exact: Tensors) -> None:
-    """The parity rule, for every output and gradient."""
+def assert_parity(found: Tensors, eager: Tensors, exact: Tensors, unit: float = FP32_UNIT) -> None:
+    """The parity rule, for every output and gradient; unit: of the arithmetic's last place, relative."""
     for i, (f, e, x) in enumerate(zip(found, eager, exact, strict=True)):
         assert f.shape == x.shape and f.dtype == e.dtype, f"tensor {i}: {f.dtype} {tuple(f.shape)}"
         if not x.numel():
             continue
         assert torch.isfinite(f).all(), f"tensor {i}: not finite, or not written"
         error, eager_error = ((t.double() - x).abs().max().item() for t in (f, e))
-        floor = 4 * torch.finfo(torch.float32).eps * max(1.0, x.abs().max().item())
+        floor = 4 * unit * max(1.0, x.abs().max().item())
         assert error <= 2 * eager_error + floor, f"tensor {i}: error {error:.3g}, eager {eager_error:.3g}"
 
 

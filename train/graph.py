@@ -9,14 +9,16 @@ the device: the losses stay there until they are read, many at a time.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .data.loader import Batch
 from .errors import UserError
 
-Step = Callable[[Batch], torch.Tensor]  # trains on a batch; its loss [], without a graph of autograd
+if TYPE_CHECKING:
+    from .data.loader import Batch
+
+Step = Callable[["Batch"], torch.Tensor]  # trains on a batch; its loss [], without a graph of autograd
 WARM_UPS = 3  # steps run before the recording: they compile kernels and make the optimizers' states
 
 
@@ -112,7 +114,7 @@ class GraphedStep:
         self._buffers: Batch | None = None
         self._replay: Callable[[], torch.Tensor] | None = None
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: "Batch") -> torch.Tensor:
         """Train on `batch`; its loss, a new tensor [] on the device.
 
         Raises ValueError for a batch of other shapes than the first one's, UserError for a step that cannot be
@@ -128,10 +130,10 @@ class GraphedStep:
             self._replay = self._record()
         return self._replay().clone()
 
-    def _fill(self, batch: Batch) -> None:
+    def _fill(self, batch: "Batch") -> None:
         """Copy the batch to where the graph reads it."""
         if self._buffers is None:
-            self._buffers = Batch(*(torch.empty_like(x) for x in batch))
+            self._buffers = type(batch)(*(torch.empty_like(x) for x in batch))
             self._rates = DeviceRates(self._optimizers, batch.dense.device)
         for buffer, values in zip(self._buffers, batch, strict=True):
             if buffer.shape != values.shape or buffer.dtype != values.dtype:

@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ctr_models import CTRModel
 
@@ -20,7 +20,7 @@ from .errors import UserError
 from .evaluate import evaluate
 from .graph import GraphedStep, Recorder
 from .interrupt import Interrupt
-from .optim import load_optimizer, make_optimizers
+from .optim import load_optimizer, make_optimizers, update
 from .progress import TrainingProgress
 from .runlog import RunLog
 from .schedule import make_schedulers
@@ -57,8 +57,9 @@ class Trainer:
             lr=config["lr"], weight_decay=config["weight_decay"], kernels=config["kernels"])
         self.total_steps = config["total_steps"]
         self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
-        self._run_step = self._update if recorder is None else GraphedStep(self._update, self.optimizers, recorder,
-                                                                           loader.settle)
+        self._update = partial(update, model, self.optimizers, precision=config["precision"])
+        if recorder is not None:
+            self._update = GraphedStep(self._update, self.optimizers, recorder, loader.settle)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self._saved_step: int | None = None
@@ -120,19 +121,8 @@ class Trainer:
         while True:
             yield from self.loader
 
-    def _update(self, batch: Batch) -> torch.Tensor:
-        """Train on a batch; its loss [], that of the weights before."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config["precision"] == "bf16"):
-            logits = self.model(batch.dense, batch.sparse)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has that memory
-        return loss.detach()
-
     def _train_step(self, batch: Batch) -> None:
-        self._losses.append(self._run_step(batch))
+        self._losses.append(self._update(batch))
         if len(self._losses) >= self._check_every:
             self._read_losses(self.step + 1)
         self._lr = self.optimizers[1].param_groups[0]["lr"]

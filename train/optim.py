@@ -1,11 +1,16 @@
-"""The two optimizers of a model: sparse row updates for the embedding tables, AdamW for all else."""
+"""The two optimizers of a model, sparse row updates for the tables and AdamW for all else; and a step of training."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional as F
 
 from ctr_kernels import SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_models import CTRModel
+
+if TYPE_CHECKING:
+    from .data.loader import Batch
 
 EMBEDDING_OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
                         "lazy-adam": SparseLazyAdam}
@@ -41,3 +46,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     groups = [{**saved, **{flag: group[flag] for flag in MACHINE_FLAGS if flag in group}}
               for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def update(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], batch: "Batch", *,
+           precision: str) -> torch.Tensor:
+    """Train on a batch, forward to both optimizers; the loss [] of the weights before, on the device.
+
+    precision: "bf16" for autocast. Nothing here waits for a GPU.
+    """
+    with torch.autocast(batch.dense.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(batch.dense, batch.sparse)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), batch.label)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has that memory
+    return loss.detach()
