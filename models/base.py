@@ -16,8 +16,14 @@ class CTRModel(nn.Module):
     """
 
     def embedding_parameters(self) -> list[nn.Parameter]:
-        """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD, SparseRowwiseAdagrad."""
+        """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD and its like."""
         return [module.weight for module in self.modules() if isinstance(module, EmbeddingTable)]
+
+    def store_embeddings_as(self, dtype: torch.dtype) -> None:
+        """Keep the tables in `dtype`, bf16 for half the memory; the tokens they give stay in the dtype they had."""
+        for module in self.modules():
+            if isinstance(module, EmbeddingTable):
+                module.store_as(dtype)
 
     def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All other parameters as two groups for AdamW; only the matrices of linear layers decay.

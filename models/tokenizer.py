@@ -136,7 +136,7 @@ class FeatureTokenizer(nn.Module):
         categorical = self.embedding(sparse)
         if self.field_bias is not None:
             categorical = categorical + self.field_bias
-        tokens = [self._numeric(dense.to(self.embedding.table.weight.dtype)), categorical]
+        tokens = [self._numeric(dense.to(self.embedding.table.lookup_dtype)), categorical]
         if self.cls is not None:
             tokens.insert(0, self.cls.expand(dense.shape[0], 1, -1))
         return torch.cat(tokens, dim=1)

@@ -12,6 +12,7 @@ from ctr_models import MODELS, CTRModel
 from .data.artifacts import Artifacts
 from .errors import UserError
 from .files import atomic_path
+from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
 VERSION = 1
@@ -99,7 +100,8 @@ def build_model(config: dict[str, Any], num_dense: int, kernels: str) -> CTRMode
     """The model that a run's config describes, newly initialised, on the CPU.
 
     Args:
-        config: "model", "hash_bins", "variant", "dropout", "tables", "numeric_tokens"; "pooling" for "ft".
+        config: "model", "hash_bins", "variant", "dropout", "tables", "numeric_tokens", "embedding_dtype"; "pooling" for
+            "ft".
         num_dense: 13, or 26 with missing indicators.
         kernels: "auto", "eager", "native" or "triton".
 
@@ -114,9 +116,12 @@ def build_model(config: dict[str, Any], num_dense: int, kernels: str) -> CTRMode
     if name == "dcnv2" and arguments["numeric_tokens"] is None:
         arguments["numeric_tokens"] = False
     try:
-        return MODELS[name](num_embeddings=config["hash_bins"], num_dense=num_dense, kernels=kernels, **arguments)
+        model = MODELS[name](num_embeddings=config["hash_bins"], num_dense=num_dense, kernels=kernels, **arguments)
     except ValueError as error:
         raise UserError(f"model {name!r} cannot be built: {error}") from error
+    if config["embedding_dtype"] != "fp32":
+        model.store_embeddings_as(EMBEDDING_DTYPES[config["embedding_dtype"]])
+    return model
 
 
 def _cuda_in_use() -> bool:

@@ -8,7 +8,7 @@ import click
 from ctr_models import MODELS
 
 from .command import run_command
-from .machine import PRECISIONS
+from .machine import EMBEDDING_DTYPES, PRECISIONS
 from .optim import EMBEDDING_OPTIMIZERS
 from .recipes import HYPERPARAMETERS, RECIPES
 from .run import MACHINE, Request, run
@@ -34,6 +34,10 @@ NAME = "ctr-train"
 @click.option("--weight-decay", type=float, help="Of AdamW; norms, biases and CLS do not decay.")
 @click.option("--embedding-lr", type=float, help="Learning rate of the embedding tables.")
 @click.option("--embedding-optimizer", type=click.Choice(list(EMBEDDING_OPTIMIZERS)), help="For the embedding tables.")
+@click.option("--embedding-weight-decay", type=float, help="Of the rows of the tables, also for the steps that do not "
+              "touch them.")
+@click.option("--embedding-dtype", type=click.Choice(list(EMBEDDING_DTYPES)), help="Of the tables in memory; bf16 is "
+              "rounded stochastically.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="Of both learning rates.")
 @click.option("--warmup", type=float, help="Steps of warm-up; below 1, a share of all steps.")
 @click.option("--dropout", type=float, help="Probability of dropping a unit, in [0, 1).")

@@ -54,7 +54,8 @@ class Trainer:
         self.model, self.loader, self.valid, self.device = model, loader, valid, loader.device
         self.optimizers = make_optimizers(
             model, embedding_optimizer=config["embedding_optimizer"], embedding_lr=config["embedding_lr"],
-            lr=config["lr"], weight_decay=config["weight_decay"], kernels=config["kernels"])
+            lr=config["lr"], weight_decay=config["weight_decay"], kernels=config["kernels"],
+            embedding_weight_decay=config["embedding_weight_decay"])
         self.total_steps = config["total_steps"]
         self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
         self._update = partial(update, model, self.optimizers, precision=config["precision"])

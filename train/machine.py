@@ -14,6 +14,7 @@ from ctr_kernels.backend import resolve
 from .errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPERATIONS = {"dcnv2": ("sparse_update",)}  # of a model; all three where it is not listed
 ALL_OPERATIONS = ("field_attention", "ffn", "sparse_update")
 

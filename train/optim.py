@@ -25,17 +25,21 @@ def make_optimizers(
     lr: float,
     weight_decay: float,
     kernels: str,
+    embedding_weight_decay: float = 0.0,
 ) -> list[torch.optim.Optimizer]:
     """[optimizer of the tables, AdamW of the rest]; norms, biases and the CLS token do not decay.
 
     Args:
         embedding_optimizer: a key of EMBEDDING_OPTIMIZERS; only rows of the step are read or written.
         kernels: backend of the row updates.
+        embedding_weight_decay: of table rows, scaled by the steps since they were touched last.
     """
     if embedding_optimizer not in EMBEDDING_OPTIMIZERS:
         raise ValueError(f"embedding_optimizer={embedding_optimizer!r}: choose one of "
                          f"{', '.join(EMBEDDING_OPTIMIZERS)}")
-    rows = EMBEDDING_OPTIMIZERS[embedding_optimizer](model.embedding_parameters(), lr=embedding_lr, kernels=kernels)
+    decay = {"weight_decay": embedding_weight_decay, "decay_untouched": True} if embedding_weight_decay else {}
+    rows = EMBEDDING_OPTIMIZERS[embedding_optimizer](model.embedding_parameters(), lr=embedding_lr, kernels=kernels,
+                                                     **decay)
     groups = model.dense_parameter_groups(weight_decay)
     on_cuda = any(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
     return [rows, torch.optim.AdamW(groups, lr=lr, fused=True, capturable=on_cuda)]

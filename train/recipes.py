@@ -17,7 +17,10 @@ class Recipe:
             all rows have come once.
         batch_size: rows of a step.
         lr, weight_decay: of AdamW, for everything but the tables.
-        embedding_lr, embedding_optimizer: "sgd" or "rowwise-adagrad", for the tables.
+        embedding_lr, embedding_optimizer: "sgd", "rowwise-adagrad", "adagrad" or "lazy-adam", for the tables.
+        embedding_weight_decay: decoupled decay of table rows, for the steps that did not touch them, too; above 0 it
+            costs 4 bytes a row.
+        embedding_dtype: "fp32" or "bf16", of the tables in memory; updates are fp32, rounded stochastically to bf16.
         schedule, warmup: of both learning rates; warmup in steps, or below 1 as a share of all steps.
         dropout, pooling, variant, tables, numeric_tokens: arguments of the model (pooling: FT-Transformer only).
         precision: "fp32", "tf32" or "bf16".
@@ -34,6 +37,8 @@ class Recipe:
     weight_decay: float = 0.01
     embedding_lr: float = 0.02
     embedding_optimizer: str = "rowwise-adagrad"
+    embedding_weight_decay: float = 0.0
+    embedding_dtype: str = "fp32"
     schedule: str = "constant"
     warmup: float = 0.0
     dropout: float = 0.1
@@ -84,7 +89,8 @@ def _check(values: Mapping[str, Any]) -> None:
     """UserError for the first value out of range."""
     ranges = {
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
-        "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "warmup": (0.0, None), "eval_every": (0, None),
+        "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
+        "warmup": (0.0, None), "eval_every": (0, None),
         "patience": (0, None), "dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():
@@ -96,5 +102,8 @@ def _check(values: Mapping[str, Any]) -> None:
             raise UserError(f"{option} {value}: at least {low} and finite is needed")
         if high is not None and value >= high:
             raise UserError(f"{option} {value}: below {high:g} is needed")
+    if values["embedding_lr"] * values["embedding_weight_decay"] >= 1.0:
+        raise UserError(f"--embedding-weight-decay {values['embedding_weight_decay']}: times the embeddings' learning "
+                        f"rate {values['embedding_lr']} it must be below 1, or a step leaves nothing of a row")
     if values["patience"] and not values["eval_every"]:
         raise UserError(f"--patience {values['patience']} needs --eval-every: there is no evaluation to wait for")

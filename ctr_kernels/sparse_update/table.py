@@ -67,10 +67,18 @@ class EmbeddingTable(nn.Module):
         if output_dtype not in (None, dtype, torch.float32):
             raise TypeError(f"output_dtype={output_dtype}: a table of {dtype} gives that or torch.float32")
         self.num_rows, self.dim, self.kernels, self.output_dtype = num_rows, dim, kernels, output_dtype
-        self.weight = nn.Parameter(torch.empty(num_rows, dim, dtype=dtype))
-        if NATIVE_ABSENT is None and self.weight.device.type == "cpu":
-            use_huge_pages_native(self.weight.detach())
+        self.weight = nn.Parameter(_new_memory(torch.empty(num_rows, dim, dtype=dtype)))
         nn.init.normal_(self.weight, std=std)
+
+    @property
+    def lookup_dtype(self) -> torch.dtype:
+        """The dtype of what `forward` gives."""
+        return self.output_dtype or self.weight.dtype
+
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Keep the table in `dtype` from now on; lookups give the dtype that they gave before."""
+        self.output_dtype = self.lookup_dtype
+        self.weight.data = _new_memory(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight.detach())
 
     @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -81,7 +89,7 @@ class EmbeddingTable(nn.Module):
         backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
         if ids.device.type == "cpu":
             check_ids(ids, self.num_rows)
-        dtype = self.output_dtype or weight.dtype
+        dtype = self.lookup_dtype
         if backend == "eager" and dtype == weight.dtype:
             return F.embedding(ids, weight, sparse=True)
         trains = weight.requires_grad and torch.is_grad_enabled()
@@ -93,6 +101,13 @@ class EmbeddingTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_rows}, {self.dim}, dtype={self.weight.dtype}, kernels={self.kernels!r}"
+
+
+def _new_memory(table: torch.Tensor) -> torch.Tensor:
+    """`table`, which nothing was written to yet, in huge pages if it is in the memory of a CPU."""
+    if NATIVE_ABSENT is None and table.device.type == "cpu":
+        use_huge_pages_native(table.detach())
+    return table
 
 
 def check_ids(ids: torch.Tensor, num_rows: int) -> None:

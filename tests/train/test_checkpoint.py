@@ -15,7 +15,7 @@ from ctr_train.optim import make_optimizers
 from ctr_train.schedule import make_schedulers
 
 CONFIG = {"model": "dcnv2", "hash_bins": 100, "variant": "study", "dropout": 0.1, "tables": "shared",
-          "numeric_tokens": None, "pooling": "cls"}
+          "numeric_tokens": None, "pooling": "cls", "embedding_dtype": "fp32"}
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_reads_back_what_was_saved(save, tmp_path, prepared):
 @pytest.mark.parametrize(("name", "key", "value"), [
     ("ft", "pooling", "mean"), ("ft", "variant", "paper"), ("autoint", "numeric_tokens", True),
     ("dcnv2", "numeric_tokens", True), ("dcnv2", "tables", "per-field"), ("ft", "dropout", 0.3),
+    ("dcnv2", "embedding_dtype", "bf16"),
 ])
 def test_the_config_decides_the_model(name, key, value):
     config = {**CONFIG, "model": name}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ctr_kernels import SparseRowwiseAdagrad, SparseSGD
+from ctr_kernels import SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_models import FTTransformer
 from ctr_train import recipes
 from ctr_train.errors import UserError
@@ -17,9 +17,9 @@ from ctr_train.schedule import factor_at, make_schedulers, warmup_steps
 def test_baseline_v1_is_the_studys():
     assert resolve_recipe("baseline-v1", "ft", {}) == {
         "epochs": 2, "steps_per_epoch": 2000, "batch_size": 4096, "lr": 1e-3, "weight_decay": 0.01,
-        "embedding_lr": 0.01, "embedding_optimizer": "sgd", "schedule": "constant", "warmup": 0.0, "dropout": 0.1,
-        "pooling": "cls", "variant": "study", "tables": "shared", "numeric_tokens": None, "precision": "fp32",
-        "eval_every": 0, "patience": 0,
+        "embedding_lr": 0.01, "embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "embedding_dtype": "fp32",
+        "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "pooling": "cls", "variant": "study",
+        "tables": "shared", "numeric_tokens": None, "precision": "fp32", "eval_every": 0, "patience": 0,
     }
 
 
@@ -45,6 +45,8 @@ def test_every_recipe_is_within_range_for_every_model(name, model):
     ({"embedding_lr": float("inf")}, "--embedding-lr inf: at least"), ({"dropout": 1.0}, "--dropout 1.0: below 1"),
     ({"weight_decay": -0.1}, "--weight-decay -0.1"), ({"warmup": -1.0}, "--warmup -1.0"),
     ({"steps_per_epoch": 0}, "--steps-per-epoch 0"), ({"eval_every": -1}, "--eval-every -1"),
+    ({"embedding_weight_decay": -1.0}, "--embedding-weight-decay -1.0: at least 0.0"),
+    ({"embedding_lr": 0.5, "embedding_weight_decay": 2.0}, "--embedding-weight-decay 2.0: times the embeddings' "),
     ({"patience": 3, "eval_every": 0}, "--patience 3 needs --eval-every"),
 ])
 def test_values_out_of_range_are_quoted_with_their_option(override, message):
@@ -80,7 +82,8 @@ def test_schedules_follow_their_formulas():
         factor_at("step", 0, 10)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", SparseSGD), ("rowwise-adagrad", SparseRowwiseAdagrad)])
+@pytest.mark.parametrize(("name", "kind"), [("sgd", SparseSGD), ("rowwise-adagrad", SparseRowwiseAdagrad),
+                                            ("adagrad", SparseAdagrad), ("lazy-adam", SparseLazyAdam)])
 def test_every_parameter_has_one_optimizer_and_both_follow_the_schedule(name, kind):
     model = FTTransformer(num_embeddings=50)
     optimizers = make_optimizers(model, embedding_optimizer=name, embedding_lr=0.5, lr=0.1, weight_decay=0.3,
