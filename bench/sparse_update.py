@@ -9,15 +9,16 @@ from common.harness import Floors, Row, compare, measure_floors, relative_error
 from common.options import Settings, bench_options
 from common.peers import Unavailable, installed, need
 
-from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
-from ctr_kernels.sparse_update.reference import rowwise_adagrad_reference, sum_duplicates
+from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
+from ctr_kernels.sparse_update.reference import sum_duplicates, update_reference
+from ctr_kernels.sparse_update.rule import RowState, Rule
 from ctr_train.command import run_command
 
 FIELDS = 26
 BATCHES = 8  # taken in turn, so that no provider finds its rows in the cache
 LR, EPS = 0.01, 1e-8
 IDS = ("uniform", "skewed")
-SGD, ADAGRAD = "SGD", "adaptive"
+SGD, ADAGRAD, ADAM = "SGD", "Adagrad", "Adam"
 Step = Callable[[], Sequence[torch.Tensor]]
 # A provider: (table weights, batches of ids, gradient [B, 26, D]) -> a call that looks up, goes back and updates.
 Provider = Callable[[torch.Tensor, Sequence[torch.Tensor], torch.Tensor], Step]
@@ -108,10 +109,14 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     ADAGRAD: {
         "ours rowwise Adagrad": of_module(ours, SparseRowwiseAdagrad, eps=EPS),
+        "ours Adagrad": of_module(ours, SparseAdagrad, eps=1e-10),
         "Embedding sparse + Adagrad": of_module(embedding(True), torch.optim.Adagrad),
         "Embedding dense + Adagrad": of_module(embedding(False), torch.optim.Adagrad),
-        "Embedding sparse + SparseAdam": of_module(embedding(True), torch.optim.SparseAdam),
         "FBGEMM TBE rowwise Adagrad": fbgemm("EXACT_ROWWISE_ADAGRAD"),
+    },
+    ADAM: {
+        "ours lazy Adam": of_module(ours, SparseLazyAdam),
+        "Embedding sparse + SparseAdam": of_module(embedding(True), torch.optim.SparseAdam),
     },
 }
 SWEPT = ("ours SGD", "Embedding sparse + SGD", "FBGEMM TBE SGD", "ours rowwise Adagrad", "Embedding sparse + Adagrad")
@@ -128,10 +133,11 @@ def expected(name: str, weight: torch.Tensor, ids: torch.Tensor, grad: torch.Ten
     if name.endswith("SGD"):
         return before - LR * summed
     if "rowwise" in name:
-        wide, state = before.clone(), torch.zeros(len(before), dtype=torch.float64, device=before.device)
-        rowwise_adagrad_reference(wide, state, torch.arange(len(before), device=before.device), summed, LR, EPS)
+        wide, state = before.clone(), RowState(torch.zeros(len(before), dtype=torch.float64, device=before.device))
+        rule = Rule("rowwise-adagrad", LR, eps=EPS)
+        update_reference(wide, torch.arange(len(before), device=before.device), summed, rule, state)
         return wide
-    return before - LR * summed / (summed.abs() + (1e-8 / 0.001**0.5 if name.endswith("SparseAdam") else 1e-10))
+    return before - LR * summed / (summed.abs() + (1e-8 / 0.001**0.5 if name.endswith("Adam") else 1e-10))
 
 
 def measure(s: Settings, num_rows: int, kind: str, floors: Floors, seconds: float) -> list[Row]:
@@ -175,7 +181,7 @@ def measure(s: Settings, num_rows: int, kind: str, floors: Floors, seconds: floa
 @click.option("--num-rows", type=click.IntRange(min=1), default=2_000_000, show_default=True, help="Rows of the table.")
 @bench_options
 def main(settings: Settings, num_rows: int) -> None:
-    """Time lookup + backward + update of 26 ids a row, in fp32; SGD and adaptive optimizers each among themselves."""
+    """Time lookup + backward + update of 26 ids a row, in fp32; SGD, Adagrad and Adam each among themselves."""
     if settings.sweep == "fields":
         raise click.BadParameter("a row has 26 ids here; only the batch can be swept", param_hint="--sweep")
     floors = measure_floors(settings.device)
