@@ -17,7 +17,7 @@ from ctr_train import files
 # Columns in their order; those without a heading stand above the table if they are the same in all rows.
 HEADINGS = {"kernel": "", "x": "", "mode": "", "provider": "provider", "p20": "p20 ms", "p50": "p50 ms",
             "p80": "p80 ms", "ratio": "x ours", "rows_per_s": "rows/s", "gbps": "GB/s", "gflops": "GFLOP/s",
-            "percent_of_floor": "% of floor", "computed_mb": "computed MB", "memory_mb": "MB",
+            "percent_of_floor": "% of floor", "computed_mb": "computed MB", "memory_mb": "MB", "rows": "rows",
             "fp64_error": "error to fp64", "version": "version", "note": "note"}
 DECIMALS = {"ratio": 2, "rows_per_s": 0, "gbps": 1, "gflops": 1, "percent_of_floor": 0, "computed_mb": 1,
             "memory_mb": 1}
@@ -37,6 +37,7 @@ class Row:
         rows_per_s: samples a second at p50.
         memory_mb: of a timing, peak memory of one call on top of what there was before it; else what it says, in
             10^6 bytes. computed_mb: the same from a formula.
+        rows: size of a batch that is itself the result.
         fp64_error: largest error of any output or gradient against fp64, as a share of the largest value there.
         version: what the provider is part of, with its version.
         note: why there is no figure, or what else is to be known; mostly empty.
@@ -56,6 +57,7 @@ class Row:
     rows_per_s: float | None = None
     computed_mb: float | None = None
     memory_mb: float | None = None
+    rows: int | None = None
     fp64_error: float | None = None
     version: str = ""
     note: str = ""
@@ -145,6 +147,8 @@ def write_csv(path: Path | str, rows: Iterable[Row], machine: Machine) -> None:
 
 def _text(name: str, value: Any) -> str:
     """A cell: the column's decimals, or four significant digits; nothing for None."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         if name == "fp64_error":
             return f"{value:.1e}"
