@@ -103,19 +103,28 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """The rows as aligned text on stdout: what is the same in all of them once, in a line above the table."""
+def tabulate(rows: Sequence[Row]) -> tuple[str, list[bool], list[Sequence[str]]]:
+    """What is the same in all rows; which columns are numbers; the headings and then a line of cells a row.
+
+    Columns that are empty in all rows are left out.
+    """
     given = {name: [_text(name, getattr(row, name)) for row in rows] for name in HEADINGS}
     common = [name for name, cells in given.items() if not HEADINGS[name] and cells and len(set(cells)) == 1]
-    if common:
-        click.echo("  ".join(given[name][0] for name in common))
     columns = [name for name, cells in given.items() if name not in common and any(cells)]
+    numeric = [any(isinstance(getattr(row, name), int | float) for row in rows) for name in columns]
     lines = [[HEADINGS[name] or name for name in columns], *zip(*(given[name] for name in columns), strict=True)]
+    return ", ".join(given[name][0] for name in common), numeric, lines
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The rows as aligned text on stdout, below a line with what is the same in all of them."""
+    above, numeric, lines = tabulate(rows)
+    if above:
+        click.echo(above)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = {name for name in columns if any(isinstance(getattr(row, name), float) for row in rows)}
     for line in lines:
-        cells = (cell.rjust(width) if name in numeric else cell.ljust(width)
-                 for name, cell, width in zip(columns, line, widths, strict=True))
+        cells = (cell.rjust(width) if right else cell.ljust(width)
+                 for right, cell, width in zip(numeric, line, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
 
 
