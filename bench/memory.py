@@ -94,7 +94,7 @@ def model_rows(name: str, s: Settings) -> Iterator[Row]:
         state = sum(value.untyped_storage().nbytes() for optimizer in optimizers
                     for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value))
         need = Need(parameters + state, whole - of_row * s.batch, of_row,
-                    _update_peak(model, optimizers[0], s.device) if tables == "AdamW" else 0.0)
+                    _update_peak(optimizers[-1], s.device))
         about = {"kernel": f"memory {name}", "provider": provider, "x": f"B={s.batch}",
                  "version": version_of(provider, s.device)}
         for mode, computed, measured in (
@@ -122,13 +122,14 @@ def gradients(model: CTRModel, rows: int, device: torch.device) -> dict[torch.Te
     return sizes
 
 
-def _update_peak(model: CTRModel, optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """Bytes of dense gradients of all parameters, and of what the optimizer's step allocates on top of them."""
-    for parameter in model.parameters():
+def _update_peak(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+    """Bytes of dense gradients of all that the optimizer updates, and of what its step allocates on top of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     extra = peak_memory(optimizer.step, device=device)
-    model.zero_grad()
-    return sum(4 * p.numel() for p in model.parameters()) + extra
+    optimizer.zero_grad()
+    return sum(4 * parameter.numel() for parameter in parameters) + extra
 
 
 @click.command()
