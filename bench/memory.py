@@ -1,5 +1,6 @@
 """Where the memory of a training step goes, computed and measured, and the largest batch that fits in a GPU."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +18,7 @@ from ctr_models import MODELS, CTRModel
 from ctr_train.command import run_command
 
 FIELDS, IDS, DIM, HEADS, DROPOUT = 27, 26, 64, 4, 0.1  # the baseline study's; the FT-Transformer pools by the mean
-LAYERS = {"ft": {"ffn_dim": 4 * DIM, "norm": "pre", "activation": "gelu"},
-          "autoint": {"ffn_dim": 2 * DIM, "norm": "post", "activation": "relu"}}
+LAYERS = {"ft": (4 * DIM, "pre", "gelu"), "autoint": (2 * DIM, "post", "relu")}  # hidden width, norm, activation
 # Provider -> (kernels of the model, optimizer of the tables); see common/training.py.
 REGIMES = {"eager + AdamW on all": ("eager", "AdamW"), "eager + SGD on rows": ("eager", "rows"),
            "ours": ("auto", "rows")}
@@ -27,7 +27,7 @@ CAPACITIES = (8, 16, 24, 80)  # GB of 10^9 bytes
 
 def layer_rows(name: str, s: Settings) -> Iterator[Row]:
     """What autograd keeps of one layer, by kind; computed: one fp32 copy of each, none of what ours recomputes."""
-    batch, hidden = s.batch, LAYERS[name]["ffn_dim"]
+    batch, (hidden, norm, activation) = s.batch, LAYERS[name]
     token = batch * FIELDS * DIM  # elements of a tensor [B, F, D]
     one_copy = {"attention map": batch * HEADS * FIELDS**2, "Q, K, V": 3 * token, "FFN hidden": batch * FIELDS * hidden}
 
@@ -40,9 +40,10 @@ def layer_rows(name: str, s: Settings) -> Iterator[Row]:
 
     x = torch.randn(batch, FIELDS, DIM, device=s.device, requires_grad=True)
     for provider, kernels in s.choose({"eager": "eager", "ours": "auto"}).items():
-        layer = TransformerLayer(DIM, HEADS, dropout=DROPOUT, kernels=kernels, **LAYERS[name]).to(s.device)
+        layer = TransformerLayer(DIM, HEADS, hidden, norm=norm, activation=activation, dropout=DROPOUT,
+                                 kernels=kernels).to(s.device)
         kept = dict.fromkeys([*one_copy, "tokens", "rest"], 0)
-        for tensor in saved_tensors(lambda layer=layer: layer(x), exclude=layer.parameters()):
+        for tensor in saved_tensors(functools.partial(layer, x), exclude=layer.parameters()):
             kept[kind(tensor)] += tensor.untyped_storage().nbytes()
         for mode, measured in {**kept, "layer, in all": sum(kept.values())}.items():
             recomputed = provider == "ours" and mode in ("attention map", "FFN hidden")
@@ -81,7 +82,7 @@ def model_rows(name: str, s: Settings) -> Iterator[Row]:
     for provider, (kernels, tables) in s.choose(REGIMES).items():
         model = MODELS[name](num_embeddings=NUM_EMBEDDINGS, kernels=kernels, dropout=DROPOUT,
                              **({"pooling": "mean"} if name == "ft" else {})).to(s.device)
-        half, whole = (peak_memory(lambda model=model, rows=rows: gradients(model, rows, s.device), device=s.device)
+        half, whole = (peak_memory(functools.partial(gradients, model, rows, s.device), device=s.device)
                        for rows in (s.batch // 2, s.batch))
         of_row = (whole - half) / (s.batch - s.batch // 2)
         optimizers = optimizers_of(model, tables, kernels)
@@ -95,8 +96,8 @@ def model_rows(name: str, s: Settings) -> Iterator[Row]:
                     for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value))
         need = Need(parameters + state, whole - of_row * s.batch, of_row,
                     _update_peak(optimizers[-1], s.device))
-        about = {"kernel": f"memory {name}", "provider": provider, "x": f"B={s.batch}",
-                 "version": version_of(provider, s.device)}
+        row = functools.partial(Row, f"memory {name}", provider, x=f"B={s.batch}",
+                                version=version_of(provider, s.device))
         for mode, computed, measured in (
             ("embedding table", 4 * NUM_EMBEDDINGS * weight.shape[1], table),
             ("gradient of the table", table if tables == "AdamW" else s.batch * IDS * (4 * weight.shape[1] + 8),
@@ -104,20 +105,21 @@ def model_rows(name: str, s: Settings) -> Iterator[Row]:
             ("optimizer state", 2 * (parameters if tables == "AdamW" else parameters - table), state),
             ("step, in all", need.bytes(s.batch), parameters + state + peak),
         ):
-            yield Row(**about, mode=mode, computed_mb=computed / 1e6, memory_mb=measured / 1e6)
+            yield row(mode=mode, computed_mb=computed / 1e6, memory_mb=measured / 1e6)
         for capacity in CAPACITIES:
-            yield Row(**about, mode=f"largest batch in {capacity} GB", rows=need.largest_batch(capacity * 1e9))
+            yield row(mode=f"largest batch in {capacity} GB", rows=need.largest_batch(capacity * 1e9))
 
 
-def gradients(model: CTRModel, rows: int, device: torch.device) -> dict[torch.Tensor, int]:
+def gradients(model: CTRModel, rows: int, device: torch.device) -> dict[torch.nn.Parameter, int]:
     """Bytes of every parameter's gradient after one forward and backward; they are released."""
     dense, sparse, label = random_batch(rows, device)
     F.binary_cross_entropy_with_logits(model(dense, sparse), label).backward()
     sizes = {}
     for parameter in model.parameters():
         grad = parameter.grad
+        assert grad is not None
         parts = [grad._indices(), grad._values()] if grad.is_sparse else [grad]
-        sizes[parameter] = sum(part.numel() * part.element_size() for part in parts)
+        sizes[parameter] = sum(part.nbytes for part in parts)
     model.zero_grad()
     return sizes
 

@@ -35,8 +35,8 @@ def ids_of(kind: str, num_rows: int, batch: int, device: torch.device) -> list[t
     return [((rank * FIELDS + torch.arange(FIELDS)) * 2654435761 % num_rows).to(device) for rank in ranks]
 
 
-def of_module(make: Callable[[torch.Tensor], torch.nn.Module], optimizer: Callable[..., torch.optim.Optimizer],
-              **options: float) -> Provider:
+def of_module(make: Callable[[torch.Tensor], EmbeddingTable | torch.nn.Embedding],
+              optimizer: Callable[..., torch.optim.Optimizer], **options: float) -> Provider:
     """A table module and a torch optimizer."""
 
     def build(weight: torch.Tensor, batches: Sequence[torch.Tensor], grad: torch.Tensor) -> Step:
@@ -55,15 +55,15 @@ def of_module(make: Callable[[torch.Tensor], torch.nn.Module], optimizer: Callab
     return build
 
 
-def ours(weight: torch.Tensor) -> torch.nn.Module:
-    table = EmbeddingTable(*weight.shape).to(weight.device)
+def ours(weight: torch.Tensor) -> EmbeddingTable:
+    table = EmbeddingTable(weight.shape[0], weight.shape[1]).to(weight.device)
     with torch.no_grad():
         table.weight.copy_(weight)
     return table
 
 
-def embedding(sparse: bool) -> Callable[[torch.Tensor], torch.nn.Module]:
-    return lambda weight: torch.nn.Embedding(*weight.shape, sparse=sparse, _weight=weight.clone())
+def embedding(sparse: bool) -> Callable[[torch.Tensor], torch.nn.Embedding]:
+    return lambda weight: torch.nn.Embedding.from_pretrained(weight.clone(), freeze=False, sparse=sparse)
 
 
 def fbgemm(optimizer: str) -> Provider:

@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Floors:
 
 
 def measure_pairs(
-    functions: dict[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], Any]],
     *,
     rounds: int = 50,
     warmup: int = 3,
@@ -126,7 +126,7 @@ def measure_floors(device: torch.device | str, dtype: torch.dtype = torch.float3
 
 
 def compare(
-    functions: dict[str, Callable[[], Sequence[torch.Tensor]]],
+    functions: Mapping[str, Callable[[], Sequence[torch.Tensor]]],
     *,
     kernel: str,
     mode: str,

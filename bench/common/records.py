@@ -21,6 +21,7 @@ HEADINGS = {"kernel": "", "x": "", "mode": "", "provider": "provider", "p20": "p
             "fp64_error": "error to fp64", "version": "version", "note": "note"}
 DECIMALS = {"ratio": 2, "rows_per_s": 0, "gbps": 1, "gflops": 1, "percent_of_floor": 0, "computed_mb": 1,
             "memory_mb": 1}
+Device = torch.device  # a field of Machine is called torch
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Machine:
     copy_gbps: float = 0.0
 
     @classmethod
-    def of(cls, device: torch.device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
+    def of(cls, device: Device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
         return cls(device_name(device), torch.get_num_threads(), str(torch.__version__), torch.version.cuda or "",
                    platform.python_version(), _commit(), mm_gflops, copy_gbps)
 
