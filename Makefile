@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt setuptools wheel numpy pyarrow click tqdm matplotlib \
-		pytest hypothesis scikit-learn rtdl_revisiting_models ruff "triton; platform_system == 'Linux'"
+		pytest hypothesis scikit-learn rtdl_revisiting_models ruff mypy "triton; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
@@ -45,8 +45,12 @@ asan: setup
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/asan/lib $(BIN)/pytest tests/test_kernel_parity.py
 
+# mypy finds the packages by their folders; build/types has them under the names that are imported.
 lint: setup
 	$(BIN)/ruff check .
+	@mkdir -p build/types && ln -sfn ../../ctr_kernels build/types/ctr_kernels && \
+		ln -sfn ../../models build/types/ctr_models && ln -sfn ../../train build/types/ctr_train
+	$(BIN)/mypy
 
 gpu: setup
 	$(BIN)/python bench/gpu.py
