@@ -35,8 +35,7 @@ class CTRModel(nn.Module):
 
         Returns: [{"params", "weight_decay": weight_decay}, {"params", "weight_decay": 0.0}].
         """
-        decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
+        decayed, kept = [], []
         for module in self.modules():
             if isinstance(module, EmbeddingTable):
                 continue

@@ -125,7 +125,8 @@ def row_updates(s: Settings) -> Iterator[Group]:
     for kind in sparse_update.IDS:
         batches = sparse_update.ids_of(kind, num_rows, s.batch, s.device)
         traffic = 4.0 * s.dim * (3 * batches[0].numel() + 2 * len(batches[0].unique()))
-        for mode, providers in sparse_update.PROVIDERS.items():
+        for mode in (sparse_update.SGD, sparse_update.ADAGRAD):
+            providers = sparse_update.PROVIDERS[mode]
             yield Group("sparse_update", mode, f"B={s.batch} {kind}",
                         {name: built(provider, weight, batches[:1], grad) for name, provider in providers.items()},
                         0.0, traffic)

@@ -1,0 +1,102 @@
+"""What a GPU run has to reach, next to what it reached, from the report that `bench/gpu.py` gathers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Rows = list[dict[str, Any]]
+TABLE_MB, EXTRA_MB = 512.0, 300.0
+
+
+def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """[{"what", "bar", "found", "met"}]: met is None where there is no figure, as always in a rehearsal."""
+    return [] if report["rehearsal"] else [*_speed(report), *_training(report)]
+
+
+def _speed(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for dtype in ("bf16", "fp32"):
+        rows, copy = _rows(report, f"speed attention {dtype}")
+        for mode, share in (("forward", 80), ("forward+backward", 70)):
+            group = [row for row in rows if row["mode"] == mode]
+            ours = _ours(group)
+            yield _bar(f"attention {mode} {dtype}, % of copy bandwidth", share,
+                       100 * ours["gbps"] / copy if ours and copy else None)
+            yield _bar(f"attention {mode} {dtype}, x the best peer", 3, *_best(group, _rival))
+    for dtype in ("fp32", "bf16"):
+        group = [row for row in _rows(report, f"speed ffn {dtype}")[0] if row["mode"] == "forward+backward"]
+        yield _bar(f"FFN forward+backward {dtype}, x the best peer", 2, *_best(group, _rival))
+    rows, copy = _rows(report, "speed sparse_update")
+    for kind in ("uniform", "skewed"):
+        group = [row for row in rows if row["mode"] == "SGD" and row["x"].endswith(kind)]
+        ours = _ours(group)
+        yield _bar(f"row update, {kind} ids, % of copy bandwidth", 40,
+                   100 * ours["gbps"] / copy if ours and copy else None)
+        yield _bar(f"row update, {kind} ids, x dense-gradient SGD", 20, *_best(group, lambda name: "dense" in name))
+    fp32 = _rows(report, "speed step fp32")[0]
+    yield _bar("FT step fp32, x eager", 8, *_best(fp32, lambda name: name == "eager"))
+    yield _bar("FT step fp32, x torch.compile with CUDA graphs", 3,
+               *_best(fp32, lambda name: name in ("compile with CUDA graphs", "compile max-autotune")))
+    eager = next((row["p50"] for row in fp32 if row["provider"] == "eager" and "p50" in row), None)
+    ours = _ours(_rows(report, "speed step bf16")[0])
+    yield _bar("FT step bf16, x eager fp32", 8, eager / ours["p50"] if eager and ours else None)
+
+
+def _training(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    found = report["parts"].get("training", {}).get("found", {})
+    memory = found.get("peak memory", {}).get("figures", {})
+    for name in ("fp32 graph", "bf16 graph"):
+        peak = memory.get(name)
+        yield {"what": f"peak memory of FT training, {name}, MB", "bar": f"at most {TABLE_MB + EXTRA_MB:g}",
+               "found": peak, "peer": "", "met": None if peak is None else peak <= TABLE_MB + EXTRA_MB}
+    for name, check in found.items():
+        if name != "peak memory":
+            yield {"what": name, "bar": "passes", "found": check["status"], "peer": "",
+                   "met": None if check["status"] == "not done" else check["status"] == "passed"}
+
+
+def _rows(report: dict[str, Any], part: str) -> tuple[Rows, float]:
+    """The rows of a part, and the copy bandwidth in GB/s that was measured in it."""
+    found = report["parts"].get(part, {}).get("found")
+    return (found["rows"], found["machine"]["copy_gbps"]) if found else ([], 0.0)
+
+
+def _ours(group: Rows) -> dict[str, Any] | None:
+    return next((row for row in group if row["provider"] in ("ours", "ours SGD") and "p50" in row), None)
+
+
+def _rival(name: str) -> bool:
+    return not name.startswith("ours")
+
+
+def _best(group: Rows, chosen: Callable[[str], bool]) -> tuple[float | None, str]:
+    """How many times longer the fastest of the chosen providers takes than ours, and its name."""
+    ratios = [(row["ratio"], row["provider"]) for row in group if chosen(row["provider"]) and "ratio" in row]
+    return min(ratios) if ratios else (None, "")
+
+
+def _bar(what: str, bar: float, found: float | None, peer: str = "") -> dict[str, Any]:
+    return {"what": what, "bar": f"at least {bar:g}", "found": found, "peer": peer,
+            "met": None if found is None else found >= bar}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as short tables; a rehearsal shows no figures."""
+    facts = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [f"{facts.get('device', 'no GPU')}, {versions}, commit {facts['commit']}"]
+    if report["rehearsal"]:
+        lines.append("REHEARSAL: it shows that everything runs; no figure of it is a result.")
+    lines += ["", "| part | how it ended | s |", "|---|---|---|"]
+    lines += [f"| {name} | {part['status']} | {part.get('seconds', '')} |" for name, part in report["parts"].items()]
+    for part in ("parity", "training"):
+        checks = report["parts"].get(part, {}).get("found", {})
+        lines += [f"- {part}, {name}: {check['status']}: {check['reason']}" for name, check in checks.items()
+                  if check["status"] != "passed"]
+    if report["bars"]:
+        lines += ["", "| | bar | found | |", "|---|---|---|---|"]
+        for bar in report["bars"]:
+            value = bar["found"]
+            text = "-" if value is None else value if isinstance(value, str) else f"{value:.3g}"
+            peer = f" ({bar['peer']})" if bar["peer"] else ""
+            met = {True: "met", False: "MISSED", None: "no figure"}[bar["met"]]
+            lines.append(f"| {bar['what']} | {bar['bar']} | {text}{peer} | {met} |")
+    return "\n".join(lines) + "\n"
