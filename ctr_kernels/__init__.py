@@ -6,9 +6,11 @@ Every operation has one specification in plain PyTorch (its `reference.py`) and 
 
 from .attention import field_attention
 from .backend import Backend, BackendUnavailable, backends
+from .cross import low_rank_cross
 from .ffn import ffn
 from .layer import TransformerLayer
 from .sparse_update import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
+from .tokenizer import field_tokens
 
 __all__ = [
     "Backend",
@@ -22,4 +24,6 @@ __all__ = [
     "backends",
     "ffn",
     "field_attention",
+    "field_tokens",
+    "low_rank_cross",
 ]

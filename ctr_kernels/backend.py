@@ -22,9 +22,9 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Operations that each backend implements; `auto` takes the fastest one that has the operation.
 IMPLEMENTED: dict[str, frozenset[str]] = {
-    "eager": frozenset({"field_attention", "ffn", "sparse_update"}),
+    "eager": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
     "native": frozenset({"field_attention", "ffn", "sparse_update"}),
-    "triton": frozenset({"field_attention", "ffn", "sparse_update"}),
+    "triton": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
 }
 
 
@@ -79,6 +79,11 @@ def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
 
 def _inside_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def on_triton(kernels: str, device: torch.device, operation: str, dtype: torch.dtype) -> bool:
+    """Whether Triton runs `operation`, one that only Triton has fused: the other backends compose it."""
+    return kernels != "native" and resolve(kernels, device, operation, dtype) == "triton"
 
 
 def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dtype = torch.float32) -> str:

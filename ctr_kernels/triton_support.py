@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +21,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .library import LIBRARY
+
 CAPABILITIES = (80, 90, 100)
-KERNEL_MODULES = ("attention", "ffn", "sparse_update")
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; CUDA programming guide, table 30
+KERNEL_MODULES = ("attention", "cross", "ffn", "layer", "sparse_update", "tokenizer")
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no inline assembly
 
 
@@ -32,12 +38,25 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if exact else "tf32"
 
 
+def register(name: str, signature: str, run: Callable, fake: Callable) -> None:
+    """Define the operator ctr::<name><signature>: `run` launches it on CUDA, in the interpreter on CPUs as well."""
+    LIBRARY.define(name + signature)
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"ctr::{name}", fake, lib=LIBRARY)
+
+
 def capability(device: torch.device) -> int:
     """Compute capability as in sm_90; 0 in the interpreter, which runs on the CPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def architecture(cc: int) -> int:
+    """The row of a launch table for sm_<cc>: 90 and 100 have their own, 80 stands for all others."""
+    return cc // 10 * 10 if cc // 10 in (9, 10) else 80
 
 
 @triton.jit
@@ -123,20 +142,41 @@ class Spec(NamedTuple):
     num_warps: int
     name: str
     capabilities: tuple[int, ...] = CAPABILITIES  # the architectures it is meant for
+    tensor_cores: bool = False  # whether its products belong on tensor cores
+    resident_warps: int = 8  # warps that a multiprocessor must hold at once, 64 at most
+    tuned: bool = True  # a shape of the three models' recipes; the tests compile the others only when asked to
 
 
 class Compiled(NamedTuple):
-    """What ptxas says of a compiled kernel: registers a thread, bytes spilled a thread, shared bytes a program."""
+    """What ptxas and the PTX say of a kernel: registers and bytes spilled a thread, shared bytes a program."""
 
     registers: int
     spills: int
     shared: int
+    tensor_memory: int  # columns of 512, on sm_100
     ptx: str
 
     @property
     def tensor_core_instructions(self) -> int:
         """mma.sync, wgmma and tcgen05.mma in the PTX."""
         return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx))
+
+    def accesses(self, kind: str) -> Counter:
+        """Loads or stores of global memory in the PTX: bytes a thread -> instructions; kind is "ld" or "st"."""
+        found = Counter()
+        for vector, bits in re.findall(rf"\b{kind}\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", self.ptx):
+            found[int(vector or 1) * int(bits) // 8] += 1
+        if kind == "ld":
+            for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", self.ptx):
+                found[int(size, 0)] += 1
+        return found
+
+    def resident_warps(self, num_warps: int, cc: int) -> int:
+        """Warps of programs of num_warps that a multiprocessor of sm_<cc> holds at once."""
+        registers = 65536 // (-(-self.registers // 8) * 8 * 32 * num_warps)
+        shared = SHARED_BYTES[cc] // (self.shared + 1024)  # 1 KB a program is the system's
+        columns = 512 // max(1, self.tensor_memory)
+        return num_warps * min(registers, shared, columns, 64 // num_warps, 32)
 
 
 def compile_ahead(spec: Spec, cc: int) -> Compiled:
@@ -154,7 +194,9 @@ def compile_ahead(spec: Spec, cc: int) -> Compiled:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True)
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"])
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, tensor_memory,
+                    compiled.asm["ptx"])
 
 
 def all_specs() -> Iterator[tuple[str, Spec]]:
@@ -165,11 +207,45 @@ def all_specs() -> Iterator[tuple[str, Spec]]:
             yield operation, spec
 
 
+def _compile_one(position: int, cc: int) -> Compiled:
+    """The position-th of all_specs(): a kernel itself cannot be sent to another process."""
+    return compile_ahead(list(all_specs())[position][1], cc)
+
+
+def compile_all(tuned: bool = False) -> Iterator[tuple[str, Spec, int, Compiled]]:
+    """(operation, configuration, compute capability, result) of all or all tuned ones, in a process for each CPU."""
+    specs = list(all_specs())
+    jobs = [(i, cc) for i, (_, spec) in enumerate(specs) if spec.tuned or not tuned for cc in spec.capabilities]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for (i, cc), compiled in zip(jobs, pool.map(_compile_one, *zip(*jobs, strict=True)), strict=True):
+            yield *specs[i], cc, compiled
+
+
+def _counts(accesses: Counter) -> str:
+    return " ".join(f"{number}x{size}" for size, number in sorted(accesses.items(), reverse=True))
+
+
+def print_table() -> None:
+    """The markdown table of docs/triton-resources.md."""
+    print(f"""# Resources of the Triton kernels
+
+Made by `python -m ctr_kernels.triton_support > docs/triton-resources.md` with triton {triton.__version__}, whose ptxas
+compiles for architectures that are not there; no GPU was used. A test compiles all of these and holds them to: no
+spills, the resident warps that the kernel states, tensor-core instructions where it multiplies matrices.
+
+Registers and spilled bytes are a thread's, shared bytes a program's; resident warps are what a multiprocessor holds
+(64 at most). Tensor: mma.sync, wgmma and tcgen05.mma instructions in the PTX. Loads and stores: instructions x bytes a
+thread; 16 is the widest. Loads include asynchronous copies to shared memory.
+
+| kernel | sm | warps | registers | spilled | shared | resident | tensor | loads | stores |
+|---|---|---|---|---|---|---|---|---|---|""")
+    for operation, spec, cc, found in compile_all():
+        print(f"| {operation}: {spec.name} | {cc} | {spec.num_warps} | {found.registers} | {found.spills} | "
+              f"{found.shared} | {found.resident_warps(spec.num_warps, cc)} | {found.tensor_core_instructions} | "
+              f"{_counts(found.accesses('ld'))} | {_counts(found.accesses('st'))} |")
+
+
 if __name__ == "__main__":
-    print("| kernel | sm | warps | registers | spilled bytes | shared bytes | tensor-core instructions |")
-    print("|---|---|---|---|---|---|---|")
-    for operation, spec in all_specs():
-        for cc in spec.capabilities:
-            found = compile_ahead(spec, cc)
-            print(f"| {operation}: {spec.name} | {cc} | {spec.num_warps} | {found.registers} | {found.spills} | "
-                  f"{found.shared} | {found.tensor_core_instructions} |")
+    from ctr_kernels.triton_support import print_table as run  # not this module's twin called __main__
+
+    run()

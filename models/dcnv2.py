@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ctr_kernels import low_rank_cross
+from ctr_kernels.backend import on_triton
+
 from .base import CTRModel, LogitLinear
 from .checks import check_choice, check_dropout, check_inputs, check_positive
 from .tokenizer import FeatureTokenizer, FieldEmbedding
@@ -37,7 +40,7 @@ class DCNv2(CTRModel):
         numeric_tokens: embed each numeric feature as x_j w_j + b_j before the concatenation (39 * 16 = 624 for
             Criteo).
         embedding_std: standard deviation of the initial embeddings.
-        kernels: "auto", "eager", "native" or "triton"; for the embedding lookup.
+        kernels: "auto", "eager", "native" or "triton"; for the lookup and low-rank cross layers without experts.
 
     forward: dense [B, num_dense] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
 
@@ -96,7 +99,7 @@ class DCNv2(CTRModel):
             width = dim * num_sparse + num_dense
         self.cross = nn.ModuleList(
             FullRankCross(width) if rank is None
-            else LowRankCross(width, rank, num_experts=num_experts, inner=variant == "paper")
+            else LowRankCross(width, rank, num_experts=num_experts, inner=variant == "paper", kernels=kernels)
             for _ in range(num_layers)
         )
         self.mlp = mlp([width, *mlp_dims], batch_norm=norm == "batch", dropout=dropout)
@@ -148,6 +151,7 @@ class LowRankCross(nn.Module):
         width, rank: size of x, and rank of each expert.
         num_experts: K; 1 has neither a gate nor inner matrices.
         inner: give the experts of a mixture the inner matrices C_k [rank, rank] and tanh.
+        kernels: "auto", "eager", "native" or "triton"; for a layer without a gate.
 
     NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
     sigmoid, of x): softmax of a Linear with bias here, one for each layer.
@@ -156,9 +160,11 @@ class LowRankCross(nn.Module):
     torch.Size([2, 429])
     """
 
-    def __init__(self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False) -> None:
+    def __init__(
+        self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False, kernels: str = "auto"
+    ) -> None:
         super().__init__()
-        self.num_experts, self.rank = num_experts, rank
+        self.num_experts, self.rank, self.kernels = num_experts, rank, kernels
         self.u = nn.Linear(width, num_experts * rank, bias=False)
         self.v = nn.Linear(num_experts * rank, width)
         self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
@@ -168,6 +174,8 @@ class LowRankCross(nn.Module):
 
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
+        if self.gate is None and on_triton(self.kernels, x.device, "low_rank_cross", x.dtype):
+            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels="triton")
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ctr_kernels import EmbeddingTable
+from ctr_kernels import EmbeddingTable, field_tokens
+from ctr_kernels.backend import on_triton
 from ctr_kernels.sparse_update.table import check_ids
 
 from .checks import check_choice, check_inputs, check_positive
@@ -65,11 +66,15 @@ class FieldEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [B, num_fields] -> [B, num_fields, dim]."""
+        return self.table(self.rows(ids))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The row of the table that each id reads, [B, num_fields]."""
         if self.tables == "per-field":
             if ids.device.type == "cpu":
                 check_ids(ids, self.num_embeddings)  # the modulo would hide an id out of range
             ids = ids.remainder(self.rows_per_field) + self.first_row
-        return self.table(ids)
+        return ids
 
     def extra_repr(self) -> str:
         rows = f", {self.rows_per_field} rows a field" if self.tables == "per-field" else ""
@@ -133,6 +138,11 @@ class FeatureTokenizer(nn.Module):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
         check_inputs(dense, sparse, self.num_dense, self.num_sparse)
+        table, kernels = self.embedding.table.weight, self.embedding.table.kernels
+        if self.dense == "token" and on_triton(kernels, table.device, "field_tokens", table.dtype):
+            linear = self.dense_token
+            return field_tokens(table, self.embedding.rows(sparse), dense.to(table.dtype), linear.weight, linear.bias,
+                                self.cls, self.field_bias, kernels="triton")
         categorical = self.embedding(sparse)
         if self.field_bias is not None:
             categorical = categorical + self.field_bias

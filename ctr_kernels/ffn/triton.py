@@ -1,5 +1,7 @@
 """The feed-forward network in Triton: one kernel forward, two backward; the hidden never leaves the chip.
 
+The same kernels (triton_kernels.py) do the second half of a transformer layer, x + ffn(LN(x)) or LN(x + ffn(x)).
+
 For a tile of tokens X [BM, D] and a slice of BH hidden units, M the dropout multipliers (philox.py):
     forward    A = X W1^T + b1,  H = act(A) M,  Y += H W2^T                                        2 dots
     backward   A again, dH = dY W2, dA = dH M act'(A)                                              2 dots
@@ -17,205 +19,52 @@ Traffic and work next to the floor, n tokens, elements of e bytes, P partial sum
     weight     2 n D e = 57 MB from memory, hidden / BH times that from L2; 8 n D hidden = 14.5 GFLOP;
                4 P (2 D hidden + hidden + D) bytes = 0.13 MB P of partial sums, written and read once
 The floor of the backward is 18.1 GFLOP (five dots) and 85 MB; it takes 25.4 GFLOP (seven) and 142 MB.
+
+With norm and residual, from and to memory, next to the same in separate kernels (norm, FFN, sum; n D e = 28 MB):
+    pre        forward 2 n D e against 7; token 3 (and x and dy once more from the cache) against 9; weight 2
+    post       forward 3 n D e (z = x + ffn(x) is kept) against 7; token 5 (z read, its gradient written; and that and x
+               once more from the cache) against 9; weight 2
+and 16 D tokens / BM bytes of partial sums for the gradients of the norm, written and read once (0.9 MB at BM = 128).
+Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
-from torch.autograd.function import once_differentiable
 
+from ..library import LIBRARY, no_double_backward
 from ..philox import threshold
-from ..triton_support import Spec, capability, dot, dropout_multipliers
+from ..triton_autotune import launch_choice
+from ..triton_norm import NORMS
+from ..triton_support import Spec, capability, register
 from .reference import ACTIVATIONS
-from .triton_tiles import STAGES, TILES, Tile, tiles_for
+from .triton_kernels import forward_kernel, token_kernel, weight_kernel
+from .triton_tiles import CANDIDATES, STAGES, TILES, Tile, table_key, tiles_for
 
 MAX_DIM = 128
+MAX_HIDDEN = 2**21  # offsets into the weights and their partial sums, up to 2^29, are 32 bits wide; into tokens, 64
+
+Tensor = torch.Tensor
 
 
-@triton.jit
-def _activate(a, ACTIVATION: tl.constexpr):
-    """Value and slope of GELU (erf), GELU (tanh) or ReLU: ACTIVATION is the index in reference.ACTIVATIONS.
-
-    GELU is x Phi(x), Phi the normal distribution function: Phi(-t) = exp(-t^2 / 2) g(t) for t = |x|, with a polynomial
-    for g that is minimax for the weighted error over [0, 5.5] (5e-8 as computed).
-    """
-    if ACTIVATION == 0:
-        bell = tl.exp2(a * a * -0.7213475204)  # exp(-a^2 / 2)
-        t = tl.minimum(tl.abs(a), 5.5)
-        g = t * -3.1554663e-07 + 7.708849e-06
-        g = g * t - 8.477157e-05
-        g = g * t + 5.6365534e-04
-        g = g * t - 2.5900975e-03
-        g = g * t + 9.00386e-03
-        g = g * t - 2.547183e-02
-        g = g * t + 6.192394e-02
-        g = g * t - 1.328058e-01
-        g = g * t + 2.4997257e-01
-        g = g * t - 3.989406e-01
-        g = g * t + 0.5
-        tail = bell * g
-        phi = tl.where(a > 0, 1.0 - tail, tail)
-        value = a * phi
-        slope = phi + a * bell * 0.3989422804
-    elif ACTIVATION == 1:  # (x / 2) (1 + tanh(u)) = x sigmoid(2 u)
-        square = a * a
-        u = a * (0.7978845608 + 0.0356774081 * square)
-        small = tl.exp2(tl.abs(u) * -2.8853900818)
-        inverse = 1.0 / (1.0 + small)
-        sigmoid = tl.where(u < 0, small * inverse, inverse)
-        rest = tl.where(u < 0, inverse, small * inverse)  # 1 - sigmoid without cancellation
-        value = a * sigmoid
-        slope = sigmoid + a * sigmoid * rest * (1.5957691216 + 0.2140644488 * square)
-    else:
-        value = tl.where(a <= 0, 0.0, a)
-        slope = tl.where(a <= 0, 0.0, 1.0)
-    return value, slope
-
-
-@triton.jit
-def _slice(
-    w1,  # [HIDDEN, D], contiguous
-    b1,  # [HIDDEN]
-    w2,  # [D, HIDDEN], contiguous
-    first, D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr, BH: tl.constexpr,
-):
-    """Hidden units first, ..., first + BH - 1: w1 [BH, DP], b1 fp32 [BH], w2 [DP, BH]; zero beyond the edges."""
-    unit, column = first + tl.arange(0, BH), tl.arange(0, DP)
-    here, there = unit < HIDDEN, column < D
-    tile_w1 = tl.load(w1 + (unit[:, None] * D + column[None, :]), mask=here[:, None] & there[None, :], other=0.0)
-    tile_w2 = tl.load(w2 + (column[:, None] * HIDDEN + unit[None, :]), mask=here[None, :] & there[:, None], other=0.0)
-    return tile_w1, tl.load(b1 + unit, mask=here, other=0.0).to(tl.float32), tile_w2
-
-
-@triton.jit
-def _multipliers(seed, start, first, limit, inverse_keep, HIDDEN: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr):
-    """Dropout multipliers [BM, BH]; the row of the map is the token, the column the hidden unit."""
-    rows = start + tl.arange(0, BM)
-    return dropout_multipliers(tl.load(seed), rows, first // 32, (HIDDEN + 31) // 32, limit, inverse_keep, BH // 32)
-
-
-@triton.jit
-def _forward_kernel(
-    x,  # [tokens, D], contiguous
-    w1, b1, w2,  # [HIDDEN, D], [HIDDEN], [D, HIDDEN], contiguous
-    b2,  # [D]
-    seed,  # int64 [1]; None without DROPOUT
-    y,  # [tokens, D], contiguous
-    tokens, limit, inverse_keep,
-    D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
-):
-    """One tile of BM tokens."""
-    start = tl.program_id(0).to(tl.int64) * BM
-    row, column = tl.arange(0, BM), tl.arange(0, DP)
-    offsets = row[:, None] * D + column[None, :]
-    inside = (row < tokens - start)[:, None] & (column < D)[None, :]
-    tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
-    total = tl.zeros((BM, DP), tl.float32)
-    for first in tl.range(0, HIDDEN, BH, num_stages=STAGES):
-        tile_w1, tile_b1, tile_w2 = _slice(w1, b1, w2, first, D, DP, HIDDEN, BH)
-        a = dot(tile_x, tl.trans(tile_w1), None, PRECISION) + tile_b1[None, :]
-        hidden, _ = _activate(a, ACTIVATION)
-        if DROPOUT:
-            hidden *= _multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
-        total = dot(hidden.to(tile_x.dtype), tl.trans(tile_w2), total, PRECISION)
-    total += tl.load(b2 + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + start * D + offsets, total.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _token_kernel(
-    dy, x,  # [tokens, D], contiguous
-    w1, b1, w2,  # [HIDDEN, D], [HIDDEN], [D, HIDDEN], contiguous
-    seed,  # int64 [1]; None without DROPOUT
-    dx,  # [tokens, D], contiguous
-    tokens, limit, inverse_keep,
-    D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr,
-):
-    """dX of one tile of BM tokens."""
-    start = tl.program_id(0).to(tl.int64) * BM
-    row, column = tl.arange(0, BM), tl.arange(0, DP)
-    offsets = row[:, None] * D + column[None, :]
-    inside = (row < tokens - start)[:, None] & (column < D)[None, :]
-    tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
-    tile_dy = tl.load(dy + start * D + offsets, mask=inside, other=0.0)
-    total = tl.zeros((BM, DP), tl.float32)
-    for first in tl.range(0, HIDDEN, BH, num_stages=STAGES):
-        tile_w1, tile_b1, tile_w2 = _slice(w1, b1, w2, first, D, DP, HIDDEN, BH)
-        a = dot(tile_x, tl.trans(tile_w1), None, PRECISION) + tile_b1[None, :]
-        _, slope = _activate(a, ACTIVATION)
-        if DROPOUT:
-            slope *= _multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
-        da = dot(tile_dy, tile_w2, None, PRECISION) * slope
-        total = dot(da.to(tile_x.dtype), tile_w1, total, PRECISION)
-    tl.store(dx + start * D + offsets, total.to(dx.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _weight_kernel(
-    dy, x,  # [tokens, D], contiguous
-    w1, b1, w2,  # [HIDDEN, D], [HIDDEN], [D, HIDDEN], contiguous
-    seed,  # int64 [1]; None without DROPOUT
-    partial,  # fp32 [programs a slice, HIDDEN D + D HIDDEN + HIDDEN + D]: dW1, dW2, db1, db2
-    tokens, limit, inverse_keep,
-    D: tl.constexpr, DP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, STAGES: tl.constexpr, LAYERS: tl.constexpr,
-):
-    """The sums of one slice of hidden units over every so-manieth tile of tokens; slice 0 also sums db2.
-
-    LAYERS: 1 sums dW1 and db1, 2 sums dW2 and db2, 3 both.
-    """
-    SLICES: tl.constexpr = (HIDDEN + BH - 1) // BH
-    part, first = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES * BH
-    row, column, unit = tl.arange(0, BM), tl.arange(0, DP), first + tl.arange(0, BH)
-    offsets = row[:, None] * D + column[None, :]
-    tile_w1, tile_b1, tile_w2 = _slice(w1, b1, w2, first, D, DP, HIDDEN, BH)
-    tile_w2 = tl.trans(tile_w2)
-    dw1 = tl.zeros((BH, DP), tl.float32)
-    dw2 = tl.zeros((BH, DP), tl.float32)  # transposed
-    db1 = tl.zeros((BH,), tl.float32)
-    db2 = tl.zeros((DP,), tl.float32)
-    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES, num_stages=STAGES):
-        start = tl.cast(tile, tl.int64) * BM
-        inside = (row < tokens - start)[:, None] & (column < D)[None, :]
-        tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
-        tile_dy = tl.load(dy + start * D + offsets, mask=inside, other=0.0)
-        a = dot(tile_w1, tl.trans(tile_x), None, PRECISION) + tile_b1[:, None]  # [BH, BM]
-        hidden, slope = _activate(a, ACTIVATION)
-        if DROPOUT:
-            kept = tl.trans(_multipliers(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH))
-            hidden *= kept
-            slope *= kept
-        if LAYERS & 1:
-            da = dot(tile_w2, tl.trans(tile_dy), None, PRECISION) * slope
-            db1 += tl.sum(da, axis=1)
-            dw1 = dot(da.to(tile_x.dtype), tile_x, dw1, PRECISION)
-        if LAYERS & 2:
-            dw2 = dot(hidden.to(tile_x.dtype), tile_dy, dw2, PRECISION)
-            if first == 0:
-                db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
-    partial += part.to(tl.int64) * (2 * D * HIDDEN + HIDDEN + D)
-    inside = (unit < HIDDEN)[:, None] & (column < D)[None, :]
-    if LAYERS & 1:
-        tl.store(partial + (unit[:, None] * D + column[None, :]), dw1, mask=inside)
-        tl.store(partial + 2 * D * HIDDEN + unit, db1, mask=unit < HIDDEN)
-    if LAYERS & 2:
-        tl.store(partial + D * HIDDEN + (column[None, :] * HIDDEN + unit[:, None]), dw2, mask=inside)
-        tl.store(partial + 2 * D * HIDDEN + HIDDEN + column, db2, mask=(column < D) & (first == 0))
-
-
-def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[torch.Tensor | None, ...],
-            shape: tuple[int, int, int], activation: int, dropout_p: float, precision: str, **constants: int) -> None:
-    """Run `programs` programs on tensors of shape = (tokens, D, hidden)."""
-    tokens, dim, hidden = shape
+def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Tensor | None, ...], hidden: int,
+            settings: tuple[int, float, int, float], precision: str, **constants: int) -> None:
+    """Run `programs` programs; the first tensor is [tokens, D], settings are those of the operators."""
+    (tokens, dim), (norm, eps, activation, dropout_p) = tensors[0].shape, settings
     with torch.cuda.device_of(tensors[0]):
         kernel[(programs,)](
-            *tensors, tokens, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim,
-            DP=max(16, triton.next_power_of_2(dim)), HIDDEN=hidden, ACTIVATION=activation, DROPOUT=dropout_p > 0.0,
-            PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=STAGES, num_warps=tile.warps, **constants)
+            *tensors, tokens, eps, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim,
+            DP=max(16, triton.next_power_of_2(dim)), HIDDEN=hidden, ACTIVATION=activation, NORM=norm,
+            DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=STAGES,
+            num_warps=tile.warps, **constants)
+
+
+def _choice(kernel: str, default: Tile, x: Tensor, w1: Tensor, norm: int, run: Callable[[Tile], object]) -> Tile:
+    key = (kernel, *table_key(x.shape[1], w1.dtype, capability(x.device)), f"hidden {len(w1)} norm {norm}")
+    return launch_choice(key, default, CANDIDATES, run)
 
 
 def _programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device) -> int:
@@ -225,87 +74,162 @@ def _programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device
     return max(1, min(at_once, triton.cdiv(tokens, tile.tokens)))
 
 
-def _forward(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-             seed: torch.Tensor | None, activation: int, dropout_p: float) -> torch.Tensor:
-    """[tokens, D] -> [tokens, D]; all tensors contiguous."""
-    y = torch.empty_like(x)
-    tiles, precision = tiles_for(x.shape[1], x.dtype, capability(x.device))
+def _sizes(hidden: int, dim: int) -> tuple[int, int, int, int]:
+    """Elements of dW1, dW2, db1 and db2."""
+    return hidden * dim, dim * hidden, hidden, dim
+
+
+def _forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor | None,
+             norm_bias: Tensor | None, norm: int, eps: float, activation: int, dropout_p: float,
+             seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y [tokens, D] and z = x + ffn(x), which is empty unless norm is "post"; all tensors contiguous."""
+    y, z = _fake(x, w1, b1, w2, b2, norm_weight, norm_bias, norm)
+    tiles, precision = tiles_for(x.shape[1], w1.dtype, capability(x.device))
+
+    def run(tile: Tile) -> None:
+        _launch(forward_kernel, tile, triton.cdiv(x.shape[0], tile.tokens),
+                (x, w1, b1, w2, b2, norm_weight, norm_bias, seed, y, z), w1.shape[0],
+                (norm, eps, activation, dropout_p), precision)
+
     if x.shape[0]:
-        _launch(_forward_kernel, tiles.forward, triton.cdiv(x.shape[0], tiles.forward.tokens),
-                (x, w1, b1, w2, b2, seed, y), (*x.shape, w1.shape[0]), activation, dropout_p, precision)
-    return y
+        run(_choice("forward", tiles.forward, x, w1, norm, run))
+    return y, z
 
 
-def _grad_tokens(dy: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
-                 seed: torch.Tensor | None, activation: int, dropout_p: float) -> torch.Tensor:
-    """dX [tokens, D]."""
-    dx = torch.empty_like(x)
-    tiles, precision = tiles_for(x.shape[1], x.dtype, capability(x.device))
-    if x.shape[0]:
-        _launch(_token_kernel, tiles.token, triton.cdiv(x.shape[0], tiles.token.tokens),
-                (dy, x, w1, b1, w2, seed, dx), (*x.shape, w1.shape[0]), activation, dropout_p, precision)
-    return dx
+def _grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
+                 norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int, eps: float, activation: int,
+                 dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dX [tokens, D]; dZ, empty unless norm is "post"; the gradients of norm_weight and norm_bias [2, D] in fp32."""
+    tiles, precision = tiles_for(x.shape[1], w1.dtype, capability(x.device))
+    dx, dz, _ = _fake_grad_tokens(dy, x, z, w1, b1, w2, norm_weight, norm_bias, norm)
+
+    def run(tile: Tile) -> Tensor:
+        programs = triton.cdiv(x.shape[0], tile.tokens)
+        partial = x.new_empty(programs if norm else 0, 2, x.shape[1], dtype=torch.float32)
+        if programs:
+            _launch(token_kernel, tile, programs,
+                    (dy, x, z, w1, b1, w2, norm_weight, norm_bias, seed, dx, dz, partial), w1.shape[0],
+                    (norm, eps, activation, dropout_p), precision)
+        return partial.sum(0)
+
+    return dx, dz, run(_choice("token", tiles.token, x, w1, norm, run))
 
 
-def _grad_weights(dy: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor,
-                  seed: torch.Tensor | None, activation: int, dropout_p: float) -> list[torch.Tensor]:
-    """dW1 [hidden, D], db1 [hidden], dW2 [D, hidden], db2 [D], in the dtype of x."""
+def _grad_weights(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, norm_weight: Tensor | None,
+                  norm_bias: Tensor | None, norm: int, eps: float, activation: int, dropout_p: float,
+                  seed: Tensor | None) -> Tensor:
+    """dW1 [hidden, D], dW2 [D, hidden], db1 [hidden], db2 [D] one after the other; dy is dZ for "post"."""
     (tokens, dim), hidden = x.shape, w1.shape[0]
-    tiles, precision = tiles_for(dim, x.dtype, capability(x.device))
-    parts = _programs_a_slice(tiles.weight, tokens, hidden, x.device)
-    sizes = (hidden * dim, dim * hidden, hidden, dim)
-    partial = torch.empty(parts if tokens else 0, sum(sizes), dtype=torch.float32, device=x.device)
-    for layers in tiles.passes if tokens else ():
-        _launch(_weight_kernel, tiles.weight, parts * triton.cdiv(hidden, tiles.weight.units),
-                (dy, x, w1, b1, w2, seed, partial), (tokens, dim, hidden), activation, dropout_p, precision,
-                LAYERS=layers)
-    dw1, dw2, db1, db2 = partial.sum(0).to(x.dtype).split(sizes)
-    return [dw1.view(hidden, dim), db1, dw2.view(dim, hidden), db2]
+    tiles, precision = tiles_for(dim, w1.dtype, capability(x.device))
+
+    def run(tile: Tile) -> Tensor:
+        parts = _programs_a_slice(tile, tokens, hidden, x.device)
+        partial = x.new_empty(parts if tokens else 0, sum(_sizes(hidden, dim)), dtype=torch.float32)
+        for layers in tiles.passes if tokens else ():
+            _launch(weight_kernel, tile, parts * triton.cdiv(hidden, tile.units),
+                    (dy, x, w1, b1, w2, norm_weight, norm_bias, seed, partial), hidden,
+                    (norm, eps, activation, dropout_p), precision, LAYERS=layers)
+        return partial.sum(0)
+
+    return run(_choice("weight", tiles.weight, x, w1, norm, run)).to(w1.dtype)
 
 
-class _FFN(torch.autograd.Function):
-    """Keeps x, w1, b1, w2 and the seed for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-                activation: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, w1, b1, w2, seed)
-        ctx.settings = (activation, dropout_p)
-        return _forward(x, w1, b1, w2, b2, seed, activation, dropout_p)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        arguments = (dy.contiguous(), *ctx.saved_tensors, *ctx.settings)
-        dx = _grad_tokens(*arguments) if ctx.needs_input_grad[0] else None
-        weights = _grad_weights(*arguments) if any(ctx.needs_input_grad[1:5]) else [None] * 4
-        return dx, *weights, None, None, None
+def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor | None,
+          norm_bias: Tensor | None, norm: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0)
 
 
-def ffn_triton(x: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-               activation: str, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps."""
+def _fake_grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
+                      norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int,
+                      *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    sums = x.new_empty(2, x.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0), sums
+
+
+def _fake_grad_weights(dy: Tensor, x: Tensor, w1: Tensor, *_: Any) -> Tensor:
+    return w1.new_empty(2 * w1.numel() + sum(w1.shape))
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, w1, b1, w2, _, norm_weight, norm_bias, *ctx.settings, seed = inputs
+    ctx.set_materialize_grads(False)  # z, the second output, has none
+    z = output[1] if ctx.settings[0] == NORMS["post"] else None
+    ctx.save_for_backward(x, z, w1, b1, w2, norm_weight, norm_bias, seed)
+
+
+def _grads(ctx: Any, dy: Tensor, _: None) -> tuple:
+    x, z, w1, b1, w2, norm_weight, norm_bias, seed = ctx.saved_tensors
+    dy, post = dy.contiguous(), z is not None
+    dx, dz, weights, norms = None, None, [None] * 4, [None] * 2
+    if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:7]) or post:
+        dx, dz, sums = torch.ops.ctr.ffn_triton_grad_x(dy, x, z, w1, b1, w2, norm_weight, norm_bias, *ctx.settings,
+                                                       seed)
+        if norm_weight is not None:
+            norms = sums.to(norm_weight.dtype).unbind()
+    if any(ctx.needs_input_grad[1:5]):
+        flat = torch.ops.ctr.ffn_triton_grad_weights(dz if post else dy, x, w1, b1, w2, norm_weight, norm_bias,
+                                                     *ctx.settings, seed)
+        dw1, dw2, db1, db2 = flat.split(_sizes(*w1.shape))
+        weights = [dw1.view(w1.shape), db1, dw2.view(w2.shape), db2]
+    return dx, *weights, *norms, None, None, None, None, None
+
+
+NORM = "Tensor? norm_weight, Tensor? norm_bias, int norm, float eps, int activation, float dropout_p, Tensor? seed"
+register("ffn_triton", f"(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, {NORM}) -> (Tensor, Tensor)", _forward,
+         _fake)
+register("ffn_triton_grad_x", f"(Tensor dy, Tensor x, Tensor? z, Tensor w1, Tensor b1, Tensor w2, {NORM}) "
+         "-> (Tensor, Tensor, Tensor)", _grad_tokens, _fake_grad_tokens)
+register("ffn_triton_grad_weights", f"(Tensor dy, Tensor x, Tensor w1, Tensor b1, Tensor w2, {NORM}) -> Tensor",
+         _grad_weights, _fake_grad_weights)
+torch.library.register_autograd("ctr::ffn_triton", _grads, setup_context=_save, lib=LIBRARY)
+no_double_backward("ctr::ffn_triton_grad_x")
+no_double_backward("ctr::ffn_triton_grad_weights")
+
+
+def ffn_triton(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, dropout_p: float,
+               seed: Tensor | None, norm: str | None = None, layer_norm: torch.nn.LayerNorm | None = None) -> Tensor:
+    """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps.
+
+    norm: None is ffn(x), "pre" is x + ffn(LN(x)), "post" is LN(x + ffn(x)), which also keeps x + ffn(x). The products
+    are computed in the dtype of the weights, norm and sum in fp32; x and the result may be of another dtype.
+    """
     dim = x.shape[-1]
     if dim > MAX_DIM:
         raise ValueError(f"D={dim}; kernels='triton' takes up to {MAX_DIM}, kernels='eager' any")
-    tensors = (t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2))
-    return _FFN.apply(*tensors, list(ACTIVATIONS).index(activation), dropout_p, seed).view(x.shape)
+    if len(w1) > MAX_HIDDEN:
+        raise ValueError(f"hidden={len(w1)}; kernels='triton' takes up to {MAX_HIDDEN}, kernels='eager' any")
+    tensors = [t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2)]
+    norms = (None, None, 0, 0.0) if norm is None else (layer_norm.weight, layer_norm.bias, NORMS[norm], layer_norm.eps)
+    index = list(ACTIVATIONS).index(activation)
+    return torch.ops.ctr.ffn_triton(*tensors, *norms, index, dropout_p, seed)[0].view(x.shape)
 
 
 def aot_specs() -> list[Spec]:
-    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf), with dropout."""
+    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf), with dropout.
+
+    The norms at D = 64, as the layer uses them, in the forward and token kernels and, before the FFN, in the weight
+    kernel.
+    """
     specs = []
     for (arithmetic, wide, cc), tiles in TILES.items():
         dim, dtype = 128 if wide else 64, "bf16" if arithmetic == "half" else "fp32"
-        kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32"}
+        kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32",
+                 "eps": "fp32", "norm_weight": "*fp32", "norm_bias": "*fp32"}
         constants = {"D": dim, "DP": dim, "HIDDEN": 256, "ACTIVATION": 0, "DROPOUT": True, "STAGES": STAGES,
                      "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
-        launches = [(_forward_kernel, tiles.forward, {}), (_token_kernel, tiles.token, {})]
-        launches += [(_weight_kernel, tiles.weight, {"LAYERS": layers}) for layers in tiles.passes]
-        for kernel, tile, extra in launches:
-            constexprs = constants | {"BM": tile.tokens, "BH": tile.units} | extra
+        launches = [(forward_kernel, tiles.forward, {}), (token_kernel, tiles.token, {})]
+        launches += [(weight_kernel, tiles.weight, {"LAYERS": layers}) for layers in tiles.passes]
+        for (kernel, tile, extra), (norm, index) in itertools.product(launches, NORMS.items()):
+            if norm and (wide or (kernel is weight_kernel and norm == "post")):
+                continue
+            absent = ("norm_weight", "norm_bias") if norm is None else ()
+            absent += ("z",) if norm != "post" and kernel is token_kernel else ()
+            constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "NORM": index} | extra
+            constexprs |= dict.fromkeys(absent)
             signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
             part = "" if len(tiles.passes) == 1 or not extra else f" of layer {extra['LAYERS']}"
-            name = f"{kernel.__name__[1:]}{part} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
-            specs.append(Spec(kernel, signature, constexprs, tile.warps, name, (cc,)))
+            name = f"{kernel.__name__}{part} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
+            name += f" {norm}-norm" if norm else ""
+            specs.append(Spec(kernel, signature, constexprs, tile.warps, name, (cc,), tensor_cores=True,
+                              tuned=not wide and arithmetic != "tf32"))
     return specs

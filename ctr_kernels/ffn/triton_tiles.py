@@ -1,10 +1,11 @@
 """The launch configurations of the feed-forward network's Triton kernels."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 
-from ..triton_support import input_precision
+from ..triton_support import architecture, input_precision
 
 
 class Tile(NamedTuple):
@@ -38,19 +39,23 @@ TILES: dict[tuple[str, bool, int], Tiles] = {
     ("tf32", False, 100): Tiles(Tile(128, 32, 8), Tile(64, 64, 8), Tile(32, 64, 8)),
     ("tf32", True, 80): Tiles(Tile(64, 32, 4), Tile(32, 32, 4), Tile(16, 32, 4)),
     ("tf32", True, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(16, 32, 4)),
-    ("tf32", True, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    ("tf32", True, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
     ("tf32x3", False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-    ("tf32x3", False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 8)),
+    ("tf32x3", False, 90): Tiles(Tile(128, 32, 8), Tile(32, 32, 4), Tile(32, 32, 8)),
     ("tf32x3", False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
     ("tf32x3", True, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
-    ("tf32x3", True, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(32, 32, 8), (1, 2)),
-    ("tf32x3", True, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(32, 32, 8), (1, 2)),
+    ("tf32x3", True, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+    ("tf32x3", True, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
 }
+CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64, 128), (32, 64), (4, 8))]  # of a search
 STAGES = 2  # tiles in flight while one is worked on
 
 
+def table_key(dim: int, dtype: torch.dtype, cc: int) -> tuple[str, bool, int]:
+    """The row of TILES for D = dim on sm_<cc>; 0 is the interpreter."""
+    return input_precision(dtype) if dtype == torch.float32 else "half", dim > 64, architecture(cc)
+
+
 def tiles_for(dim: int, dtype: torch.dtype, cc: int) -> tuple[Tiles, str]:
-    """Launch configurations and input precision for D = dim on sm_<cc>; 0 is the interpreter."""
-    precision = input_precision(dtype)
-    arithmetic = precision if dtype == torch.float32 else "half"
-    return TILES[arithmetic, dim > 64, cc // 10 * 10 if cc // 10 in (9, 10) else 80], precision
+    """Launch configurations and input precision for D = dim on sm_<cc>."""
+    return TILES[table_key(dim, dtype, cc)], input_precision(dtype)

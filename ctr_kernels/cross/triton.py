@@ -1,0 +1,227 @@
+"""The low-rank cross layer in Triton: one kernel forward, two backward.
+
+For a tile of rows, g the gradient of the output, h = U x and t = V h + b of width R and W:
+    forward    y = x0 t + x                                                                 2 dots
+    row        d = V^T (x0 g);  dx0 = g t,  dx = g + U^T d                                  4 dots, h again
+    weight     dV = (x0 g)^T h,  dU = d^T x,  db = colsum(x0 g)                             2 dots
+The weight kernel works on slices of W columns: a fixed number of its programs share a slice, sum every so-manieth tile
+of rows in registers and write fp32 partial sums once, which torch.sum adds in a fixed order: no atomics.
+
+Traffic, n = B W elements of e bytes (B=4096, W=429, R=32, fp32: n e = 7.0 MB), next to eager PyTorch:
+    forward    3 n e, the floor (x0, x read, y written; x once more from the cache); 4 n R FLOP; eager 8 n e in four
+    row        5 n e, the floor (g, x0, x read, dx0, dx written); and g once more from the cache; h and d kept
+    weight     3 n e (g, x0, x read); 4 P (2 W R + W) bytes of partial sums, written and read once
+W is rarely a multiple of 4 elements (429), so that rows are not aligned and loads are one element a thread.
+Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..library import LIBRARY, no_double_backward
+from ..triton_support import Spec, dot, input_precision, register
+
+MAX_RANK = 64
+ROWS, COLUMNS, WARPS = 32, 32, 4  # rows and columns at a time
+SLICE_ROWS = 32  # rows at a time of the weight kernel
+Tensor = torch.Tensor
+
+
+@triton.jit
+def _tile(pointer, start, row, column, rows, W: tl.constexpr):
+    """[BM, BN] of a [B, W] tensor, contiguous, from row `start`; zero beyond the edges."""
+    inside = (row < rows - start)[:, None] & (column < W)[None, :]
+    return tl.load(pointer + start * W + row[:, None] * W + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _rank_rows(u, column, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr):
+    """[RP, BN]: columns of u [R, W]."""
+    rank = tl.arange(0, RP)
+    return tl.load(u + rank[:, None] * W + column[None, :], mask=(rank < R)[:, None] & (column < W)[None, :], other=0.0)
+
+
+@triton.jit
+def _rank_columns(v, column, R: tl.constexpr, RP: tl.constexpr, W: tl.constexpr):
+    """[BN, RP]: rows of v [W, R]."""
+    rank = tl.arange(0, RP)
+    return tl.load(v + column[:, None] * R + rank[None, :], mask=(column < W)[:, None] & (rank < R)[None, :], other=0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    x0, x,  # [B, W], contiguous
+    u, v, bias,  # [R, W], [W, R], [W], contiguous
+    y,  # [B, W], contiguous
+    rows,  # B
+    W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    """One tile of BM rows."""
+    start = tl.program_id(0).to(tl.int64) * BM
+    row = tl.arange(0, BM)
+    hidden = tl.zeros((BM, RP), tl.float32)
+    for first in range(0, W, BN):
+        column = first + tl.arange(0, BN)
+        tile_x = _tile(x, start, row, column, rows, W)
+        hidden = dot(tile_x, tl.trans(_rank_rows(u, column, R, RP, W)), hidden, PRECISION)
+    hidden = hidden.to(u.dtype.element_ty)
+    for first in range(0, W, BN):
+        column = first + tl.arange(0, BN)
+        total = dot(hidden, tl.trans(_rank_columns(v, column, R, RP, W)), None, PRECISION)
+        total += tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)[None, :]
+        total = _tile(x0, start, row, column, rows, W).to(tl.float32) * total
+        total += _tile(x, start, row, column, rows, W).to(tl.float32)
+        tl.store(y + start * W + row[:, None] * W + column[None, :], total.to(y.dtype.element_ty),
+                 mask=(row < rows - start)[:, None] & (column < W)[None, :])
+
+
+@triton.jit
+def _row_kernel(
+    grad, x0, x,  # [B, W], contiguous
+    u, v, bias,  # [R, W], [W, R], [W], contiguous
+    dx0, dx,  # [B, W], contiguous
+    hidden, grad_hidden,  # [B, R], contiguous: h and d, for the weight kernel
+    rows,  # B
+    W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    """The gradients of x0 and x of one tile of BM rows."""
+    start = tl.program_id(0).to(tl.int64) * BM
+    row, rank = tl.arange(0, BM), tl.arange(0, RP)
+    h = tl.zeros((BM, RP), tl.float32)
+    d = tl.zeros((BM, RP), tl.float32)
+    for first in range(0, W, BN):
+        column = first + tl.arange(0, BN)
+        h = dot(_tile(x, start, row, column, rows, W), tl.trans(_rank_rows(u, column, R, RP, W)), h, PRECISION)
+        product = _tile(x0, start, row, column, rows, W) * _tile(grad, start, row, column, rows, W)
+        d = dot(product, _rank_columns(v, column, R, RP, W), d, PRECISION)
+    h, d = h.to(u.dtype.element_ty), d.to(u.dtype.element_ty)
+    narrow = start * R + row[:, None] * R + rank[None, :]
+    known = (row < rows - start)[:, None] & (rank < R)[None, :]
+    tl.store(hidden + narrow, h, mask=known)
+    tl.store(grad_hidden + narrow, d, mask=known)
+    for first in range(0, W, BN):
+        column = first + tl.arange(0, BN)
+        offsets = start * W + row[:, None] * W + column[None, :]
+        inside = (row < rows - start)[:, None] & (column < W)[None, :]
+        tile_grad = _tile(grad, start, row, column, rows, W).to(tl.float32)
+        total = dot(h, tl.trans(_rank_columns(v, column, R, RP, W)), None, PRECISION)
+        total += tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)[None, :]
+        tl.store(dx0 + offsets, (total * tile_grad).to(dx0.dtype.element_ty), mask=inside)
+        total = dot(d, _rank_rows(u, column, R, RP, W), tile_grad, PRECISION)
+        tl.store(dx + offsets, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_kernel(
+    grad, x0, x,  # [B, W], contiguous
+    hidden, grad_hidden,  # [B, R], contiguous
+    partial,  # fp32 [programs a slice, 2 W R + W]: dU [R, W], dV [W, R], db
+    rows,  # B
+    W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):
+    """The sums of one slice of BN columns over every so-manieth tile of rows."""
+    SLICES: tl.constexpr = (W + BN - 1) // BN
+    part, first = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES * BN
+    row, column, rank = tl.arange(0, BM), first + tl.arange(0, BN), tl.arange(0, RP)
+    du = tl.zeros((BN, RP), tl.float32)  # transposed
+    dv = tl.zeros((BN, RP), tl.float32)
+    db = tl.zeros((BN,), tl.float32)
+    for tile in range(part, tl.cdiv(rows, BM), tl.num_programs(0) // SLICES):
+        start = tl.cast(tile, tl.int64) * BM
+        product = _tile(x0, start, row, column, rows, W) * _tile(grad, start, row, column, rows, W)
+        h, d = _tile(hidden, start, row, rank, rows, R), _tile(grad_hidden, start, row, rank, rows, R)
+        db += tl.sum(product.to(tl.float32), axis=0)
+        dv = dot(tl.trans(product), h, dv, PRECISION)
+        du = dot(tl.trans(_tile(x, start, row, column, rows, W)), d, du, PRECISION)
+    partial += part.to(tl.int64) * (2 * W * R + W)
+    inside = (column < W)[:, None] & (rank < R)[None, :]
+    tl.store(partial + (rank[None, :] * W + column[:, None]), du, mask=inside)
+    tl.store(partial + W * R + (column[:, None] * R + rank[None, :]), dv, mask=inside)
+    tl.store(partial + 2 * W * R + column, db, mask=column < W)
+
+
+def _constants(u: Tensor, rows: int) -> dict[str, Any]:
+    rank, width = u.shape
+    return {"rows": rows, "W": width, "R": rank, "RP": max(16, triton.next_power_of_2(rank)), "BN": COLUMNS,
+            "PRECISION": input_precision(u.dtype), "num_warps": WARPS}
+
+
+def _forward(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """[B, W]; all tensors contiguous."""
+    y = torch.empty_like(x)
+    if len(x):
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(len(x), ROWS),)](x0, x, u, v, bias, y, BM=ROWS, **_constants(u, len(x)))
+    return y
+
+
+def _backward(grad: Tensor, x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx0 and dx [B, W]; dU [R, W], dV [W, R] and db [W] one after the other."""
+    dx0, dx = torch.empty_like(x), torch.empty_like(x)
+    (rank, width), rows = u.shape, len(x)
+    hidden, grad_hidden = (x.new_empty(rows, rank) for _ in range(2))
+    slices, cuda = triton.cdiv(width, COLUMNS), x.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 16
+    parts = max(1, min(processors * (8 // WARPS) // slices, triton.cdiv(rows, SLICE_ROWS)))
+    partial = x.new_empty(parts if rows else 0, 2 * width * rank + width, dtype=torch.float32)
+    if rows:
+        constants = _constants(u, rows)
+        with torch.cuda.device_of(x):
+            _row_kernel[(triton.cdiv(rows, ROWS),)](grad, x0, x, u, v, bias, dx0, dx, hidden, grad_hidden, BM=ROWS,
+                                                    **constants)
+            _weight_kernel[(parts * slices,)](grad, x0, x, hidden, grad_hidden, partial, BM=SLICE_ROWS, **constants)
+    return dx0, dx, partial.sum(0).to(u.dtype)
+
+
+def _fake(x0: Tensor, x: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad: Tensor, x0: Tensor, x: Tensor, u: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), u.new_empty(2 * u.numel() + u.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    x0, x, u, v, bias = ctx.saved_tensors
+    dx0, dx, flat = torch.ops.ctr.low_rank_cross_triton_backward(grad.contiguous(), x0, x, u, v, bias)
+    du, dv, db = flat.split((u.numel(), v.numel(), len(bias)))
+    return dx0, dx, du.view(u.shape), dv.view(v.shape), db
+
+
+ARGUMENTS = "Tensor x0, Tensor x, Tensor u, Tensor v, Tensor bias)"
+register("low_rank_cross_triton", f"({ARGUMENTS} -> Tensor", _forward, _fake)
+register("low_rank_cross_triton_backward", f"(Tensor grad, {ARGUMENTS} -> (Tensor, Tensor, Tensor)", _backward,
+         _fake_backward)
+torch.library.register_autograd("ctr::low_rank_cross_triton", _grads, setup_context=_save, lib=LIBRARY)
+no_double_backward("ctr::low_rank_cross_triton_backward")
+
+
+def low_rank_cross_triton(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """[B, W], fp32, bf16 or fp16 -> [B, W]; the inputs are all that backward keeps."""
+    if len(u) > MAX_RANK:
+        raise ValueError(f"R={len(u)}; kernels='triton' takes up to {MAX_RANK}, kernels='eager' any")
+    if u.numel() > 2**29:
+        raise ValueError(f"R W = {u.numel()}; kernels='triton' takes up to 2^29, kernels='eager' any")
+    return torch.ops.ctr.low_rank_cross_triton(*(t.contiguous() for t in (x0, x, u, v, bias)))
+
+
+def aot_specs() -> list[Spec]:
+    """The three kernels at the widths of the two recipes' inputs, 429 of rank 32 and a multiple of 16, and rank 64."""
+    specs = []
+    kernels = ((_forward_kernel, ROWS), (_row_kernel, ROWS), (_weight_kernel, SLICE_ROWS))
+    for dtype, width, rank in (("fp32", 429, 32), ("bf16", 429, 32), ("bf16", 624, 32), ("fp32", 624, 64)):
+        for kernel, rows in kernels:
+            constexprs = {"W": width, "R": rank, "RP": rank, "BN": COLUMNS, "BM": rows,
+                          "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+            kinds = {"partial": "*fp32", "rows": "i32"}
+            signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
+            specs.append(Spec(kernel, signature, constexprs, WARPS, f"{kernel.__name__[1:]} {dtype} W {width} R {rank}",
+                              tensor_cores=True, tuned=width == 429))
+    return specs

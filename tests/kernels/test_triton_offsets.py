@@ -1,0 +1,89 @@
+"""Offsets into tensors of more than 2^31 elements do not overflow, in any Triton kernel: seen in the interpreter.
+
+The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from ctr_kernels.triton_support import Spec, all_specs  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
+SIZES = {"tokens", "rows", "batch", "pairs"}  # scalar parameters that grow with the batch
+LARGE = 3 << 30  # elements: negative where it wraps at 32 bits
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) >= 14, done.stdout[-2000:]
+
+
+def kernels() -> dict[str, Spec]:
+    """One fp32 configuration of each kernel but those of the sparse updates, whose file has its own test."""
+    found = {}
+    for operation, spec in all_specs():
+        if operation != "sparse_update" and 80 in spec.capabilities and "*bf16" not in spec.signature.values():
+            norm = "-norm" if "-norm" in spec.name else ""
+            found.setdefault(f"{operation} {spec.kernel.__name__}{norm}", spec)
+    return found
+
+
+@interpreted
+@pytest.mark.parametrize("width", [64, 192])
+@pytest.mark.parametrize("name", kernels())
+def test_the_program_of_a_distant_tile_stays_in_its_tensors(name: str, width: int,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program whose rows of `width` elements lie LARGE elements away: all addresses are at or behind the bases."""
+    from triton.runtime import interpreter
+
+    builder, spec = interpreter.interpreter_builder, kernels()[name]
+    tile = next(spec.constexprs[key] for key in ("BM", "ROWS", "PAIRS") if key in spec.constexprs)
+    row = 27 * 64 / 4 if "PAIRS" in spec.constexprs else 28 * 64 if "ROWS" in spec.constexprs else (
+        spec.constexprs.get("W", 64))
+    program = int(LARGE * 64 / width / (tile * row))
+    if "weight_kernel" in name:  # its programs are shared among slices of the outputs
+        outputs = next(spec.constexprs[key] for key in ("HIDDEN", "N", "W") if key in spec.constexprs)
+        program *= -(-outputs // spec.constexprs.get("BH", spec.constexprs.get("BN")))
+    addresses = []
+
+    def load(pointers, mask, other, *_):
+        dtype = pointers.get_element_ty()
+        addresses.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)])
+        kind = interpreter._get_np_dtype(dtype)
+        ids = np.dtype(kind).kind == "i" and "ids" in spec.signature
+        return interpreter.TensorHandle(np.full(pointers.data.shape, LARGE // 64 if ids else 1, kind), dtype)
+
+    def store(pointers, value, mask, *_):
+        addresses.append(pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)])
+
+    def constant(value: int):
+        return lambda axis: interpreter.TensorHandle(np.array([value], np.int32), interpreter.tl.int32)
+
+    monkeypatch.setattr(builder, "create_masked_load", load)
+    monkeypatch.setattr(builder, "create_masked_store", store)
+    monkeypatch.setattr(builder, "create_get_program_id", constant(program))
+    monkeypatch.setattr(builder, "create_get_num_programs", constant(2**31 - 1))  # one turn of a persistent loop
+    storage = torch.zeros(64 * len(spec.signature), dtype=torch.int64)
+    arguments = {}
+    for i, (parameter, kind) in enumerate(spec.signature.items()):
+        dtypes = {"*fp32": torch.float32, "*i64": torch.int64, "*i32": torch.int32}
+        if kind in dtypes:
+            arguments[parameter] = storage[64 * i:64 * (i + 1)].view(dtypes[kind])
+        elif "stride" in parameter:
+            arguments[parameter] = 3 * 64 * (27 if parameter.endswith("_b") else 1)
+        else:
+            arguments[parameter] = 0.5 if kind == "fp32" else 2**31 - 2**16
+    spec.kernel[(1,)](**arguments, **spec.constexprs)
+    touched = np.concatenate([a.ravel() for a in addresses]).astype(np.int64)
+    assert touched.min() >= storage.data_ptr()
+    assert width > 64 or touched.max() >= storage.data_ptr() + 4 * 2**31

@@ -1,0 +1,69 @@
+"""Launch configurations of the Triton kernels compiled for sm_80, sm_90 and sm_100, and what ptxas says of them.
+
+Those of the tuned shapes; with CTR_KERNELS_ALL_CONFIGURATIONS=1 all of docs/triton-resources.md, in twice the time.
+"""
+
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+from ctr_kernels.triton_support import CAPABILITIES, KERNEL_MODULES, Compiled, Spec, compile_all  # noqa: E402
+
+ALL = os.environ.get("CTR_KERNELS_ALL_CONFIGURATIONS") == "1"
+
+# Bytes a thread that these spill in every configuration that was tried, F > 32 on sm_80 and sums of wide layers.
+SPILLS = {
+    ("attention", "backward fp32 F 64 d 32", 80): 488,
+    ("attention", "backward fp32 F 64 d 64", 80): 1792,
+    ("attention", "backward bf16 F 64 d 64", 80): 176,
+    ("ffn", "weight_kernel of layer 1 tf32x3 D 128", 80): 8,
+}
+
+
+class Result(NamedTuple):
+    operation: str
+    spec: Spec
+    cc: int
+    compiled: Compiled
+
+    def __repr__(self) -> str:
+        return f"{self.operation}: {self.spec.name} for sm_{self.cc}"
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return [Result(*result) for result in compile_all(tuned=not ALL)]
+
+
+def test_every_operation_is_compiled_for_every_architecture(results: list[Result]) -> None:
+    assert {(r.operation, r.cc) for r in results} == {(name, cc) for name in KERNEL_MODULES for cc in CAPABILITIES}
+    assert len({(r.operation, r.spec.name, r.cc) for r in results}) == len(results)
+
+
+def test_nothing_spills(results: list[Result]) -> None:
+    spills = {(r.operation, r.spec.name, r.cc): r.compiled.spills for r in results if r.compiled.spills}
+    assert {key for key, spilled in spills.items() if spilled > SPILLS.get(key, 0)} == set(), spills
+    assert not ALL or set(spills) == set(SPILLS), "SPILLS names a configuration that spills no longer"
+
+
+def test_the_stated_number_of_warps_is_resident(results: list[Result]) -> None:
+    resident = [(r, r.compiled.resident_warps(r.spec.num_warps, r.cc)) for r in results]
+    assert {str(r): warps for r, warps in resident if warps < r.spec.resident_warps} == {}
+
+
+def test_products_of_matrices_are_on_tensor_cores(results: list[Result]) -> None:
+    assert {str(r) for r in results if r.spec.tensor_cores != (r.compiled.tensor_core_instructions > 0)} == set()
+
+
+def test_memory_is_read_and_written_16_bytes_a_thread(results: list[Result]) -> None:
+    """Attention, whose every access is a row of a head, has no other but the seed's; all have some, where rows of an
+    input of W columns are aligned."""
+    for r in results:
+        loads, stores = r.compiled.accesses("ld"), r.compiled.accesses("st")
+        if r.operation == "attention":
+            assert loads - Counter({8: 1}) == {16: loads[16]} and set(stores) == {16}, (r, loads, stores)
+        elif r.spec.constexprs.get("W", 16) % 16 == 0:
+            assert loads[16], (r, loads)
