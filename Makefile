@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-BENCHES := attn ffn layer sparse_update step data
+BENCHES := attn ffn layer sparse_update step memory data
 
 .PHONY: setup train test bench bench-peers asan lint gpu clean
 .DELETE_ON_ERROR:
@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt setuptools wheel numpy pyarrow click tqdm matplotlib \
-		pytest hypothesis scikit-learn rtdl_revisiting_models ruff "triton; platform_system == 'Linux'"
+		pytest hypothesis scikit-learn rtdl_revisiting_models ruff mypy "triton; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
@@ -45,8 +45,12 @@ asan: setup
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=build/asan/lib $(BIN)/pytest tests/test_kernel_parity.py
 
+# mypy finds the packages by their folders; build/types has them under the names that are imported.
 lint: setup
 	$(BIN)/ruff check .
+	@mkdir -p build/types && ln -sfn ../../ctr_kernels build/types/ctr_kernels && \
+		ln -sfn ../../models build/types/ctr_models && ln -sfn ../../train build/types/ctr_train
+	$(BIN)/mypy
 
 # Where torch already sees a GPU its own Python runs everything, so that no network is needed.
 gpu:

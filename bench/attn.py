@@ -20,10 +20,10 @@ SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa mem-efficient": SDPBacke
 SWEPT = ("ours", "eager", "compile", "sdpa")
 
 
-def split(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
+def split(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v [B, H, F, D / H] as views of the projection."""
-    batch, fields, _ = qkv.shape
-    return tuple(x.view(batch, fields, heads, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def joined(out: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """How fast are raw rows prepared, how much memory does that take, and how fast are prepared rows loaded?"""
 
+import functools
 import math
 import platform
 import subprocess
@@ -49,10 +50,10 @@ def main(rows: int, raw: Path | None, settings: Settings) -> None:
             write_synthetic(raw, rows=rows, seed=1)
         out = directory / "data"
         prepare([raw], out)
-        rows = prepare_time(raw, out, settings)
-        if rows[0].provider == "ours":
-            rows[0].memory_mb, rows[0].note = prepare_memory(raw, out)
-        settings.finish([*rows, *loader_rate(out, settings)])
+        prepared = prepare_time(raw, out, settings)
+        if prepared[0].provider == "ours":
+            prepared[0].memory_mb, prepared[0].note = prepare_memory(raw, out)
+        settings.finish([*prepared, *loader_rate(out, settings)])
     click.echo(TARGETS)
 
 
@@ -68,7 +69,8 @@ def prepare_time(raw: Path, out: Path, settings: Settings) -> list[Row]:
     if slow is not None:  # one round is enough: it takes a hundred times as long
         timing = measure_pairs({"line by line": slow}, rounds=1)["line by line"]
         ours = timings.get("ours")
-        timings["line by line"] = replace(timing, ratio=timing.p50 / ours.p50 if ours else None)
+        ratio = timing.p50 / ours.p50 if timing.p50 and ours and ours.p50 else None
+        timings["line by line"] = replace(timing, ratio=ratio)
     rows = sum(source["rows"] for source in Artifacts.load(out).sources)
     return [_row(name, timing, rows, kernel="prepare", mode="file", x=f"{rows:,} rows")
             for name, timing in timings.items()]
@@ -92,7 +94,7 @@ def loader_rate(data: Path, settings: Settings) -> list[Row]:
     def epoch(loader: Loader) -> int:
         return sum(len(batch.label) for batch in loader)
 
-    timings = measure_pairs({name: lambda loader=loader: epoch(loader) for name, loader in loaders.items()}, rounds=20)
+    timings = measure_pairs({name: functools.partial(epoch, loader) for name, loader in loaders.items()}, rounds=20)
     for loader in loaders.values():
         loader.close()
     return [_row("ours", timing, split.rows, kernel="loader", mode=name, x=f"{split.rows:,} rows, B={settings.batch}")

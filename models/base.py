@@ -35,7 +35,8 @@ class CTRModel(nn.Module):
 
         Returns: [{"params", "weight_decay": weight_decay}, {"params", "weight_decay": 0.0}].
         """
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for module in self.modules():
             if isinstance(module, EmbeddingTable):
                 continue

@@ -41,6 +41,8 @@ class FieldEmbedding(nn.Module):
     torch.Size([1, 3, 8])
     """
 
+    first_row: torch.Tensor  # int64 [num_fields], of per-field tables
+
     def __init__(
         self,
         *,

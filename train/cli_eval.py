@@ -121,6 +121,7 @@ def command(run: Path, data: Path | None, split: str | None, raw: Path | None, p
     if data is not None:
         result = evaluate_prepared(trained, data, split or "gold", batch_size)
     else:
+        assert raw is not None
         result = score_raw(trained, raw, predictions, batch_size)
     seconds = time.perf_counter() - started
     result = {"run": str(run), "model": trained.config["model"], "checkpoint": trained.path.name, **result,

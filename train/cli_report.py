@@ -110,9 +110,13 @@ def ranked(results: Sequence[RunResult]) -> tuple[list[RunResult], list[str]]:
     Runs on different gold files are not comparable and stand in groups: the largest first, then the one whose best
     run is better.
     """
-    finished = sorted((result for result in results if result.gold), key=lambda result: result.gold["logloss"])
-    groups = [checksum for checksum, _ in Counter(result.gold["sha256"] for result in finished).most_common()]
-    finished.sort(key=lambda result: groups.index(result.gold["sha256"]))
+    def gold(result: RunResult) -> dict[str, Any]:
+        assert result.gold is not None
+        return result.gold
+
+    finished = sorted((result for result in results if result.gold), key=lambda result: gold(result)["logloss"])
+    groups = [checksum for checksum, _ in Counter(gold(result)["sha256"] for result in finished).most_common()]
+    finished.sort(key=lambda result: groups.index(gold(result)["sha256"]))
     return finished + [result for result in results if not result.gold], groups
 
 

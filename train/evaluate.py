@@ -41,8 +41,7 @@ def scoring(model: CTRModel, device: torch.device | str, precision: str) -> Iter
 def batch_logits(model: CTRModel, dense: np.ndarray, sparse: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """Logits [B] float32, on `device`, of dense float32 [B, num_dense] and sparse int32 [B, 26]."""
     # Copied first: the arrays are read-only views of a file, and torch has no read-only tensors.
-    dense, sparse = (torch.from_numpy(array.copy()).to(device) for array in (dense, sparse))
-    return model(dense, sparse).float()
+    return model(*(torch.from_numpy(array.copy()).to(device) for array in (dense, sparse))).float()
 
 
 def predict(

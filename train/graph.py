@@ -142,6 +142,7 @@ class GraphedStep:
             buffer.copy_(values, non_blocking=True)
 
     def _run(self) -> torch.Tensor:
+        assert self._buffers is not None
         return self._step(self._buffers)
 
     def _record(self) -> Callable[[], torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from .data.dataset import Part, Split
 from .data.loader import Batch, Loader
 from .errors import UserError
 from .evaluate import evaluate
-from .graph import GraphedStep, Recorder
+from .graph import GraphedStep, Recorder, Step
 from .interrupt import Interrupt
 from .optim import load_optimizer, make_optimizers, update
 from .progress import TrainingProgress
@@ -58,7 +58,7 @@ class Trainer:
             embedding_weight_decay=config["embedding_weight_decay"])
         self.total_steps = config["total_steps"]
         self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
-        self._update = partial(update, model, self.optimizers, precision=config["precision"])
+        self._update: Step = partial(update, model, self.optimizers, precision=config["precision"])
         if recorder is not None:
             self._update = GraphedStep(self._update, self.optimizers, recorder, loader.settle)
         self.step = 0
@@ -118,7 +118,7 @@ class Trainer:
         every = self.config["eval_every"]
         return bool(every) and (self.step % every == 0 or self.step == self.total_steps)
 
-    def _endless_batches(self) -> Iterator[Batch]:
+    def _endless_batches(self) -> Generator[Batch, None, None]:
         while True:
             yield from self.loader
 
@@ -162,7 +162,8 @@ class Trainer:
     def _begin_interval(self) -> None:
         """The means and rates of the next log line count from here."""
         self._interval_started, self._interval_waited = time.perf_counter(), self.loader.wait_seconds
-        self._interval_step, self._interval_losses = self.step, []
+        self._interval_step = self.step
+        self._interval_losses: list[float] = []
 
     @contextmanager
     def _not_counted(self) -> Iterator[None]:
@@ -179,7 +180,7 @@ class Trainer:
                                precision=self.config["precision"])
         self._log.write({"event": "eval", "step": self.step, **metrics})
         better = self.best is None or metrics["logloss"] < self.best["logloss"]
-        if better:
+        if better or self.best is None:
             self.best = {"step": self.step, "logloss": metrics["logloss"], "evaluations_since": 0}
         else:
             self.best = {**self.best, "evaluations_since": self.best["evaluations_since"] + 1}

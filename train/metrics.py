@@ -142,12 +142,12 @@ def check_logits(logits: Array, labels: Array) -> tuple[torch.Tensor, torch.Tens
     finite = logits.isfinite()
     if not finite.all():
         rows = (~finite).nonzero().squeeze(1)
-        first = rows[0].item()
+        first = int(rows[0])
         raise UserError(f"{len(rows):,} of {len(logits):,} logits are NaN or infinite, the first one is that of row "
                         f"{first} (counted from 0): {logits[first].item()}")
     bits = labels.to(torch.uint8)
     wrong = (labels != bits) | (bits > 1)
     if wrong.any():
-        first = wrong.nonzero()[0].item()
+        first = int(wrong.nonzero()[0])
         raise ValueError(f"label {labels[first].item()} of row {first} is neither 0 nor 1")
     return logits, bits

@@ -84,7 +84,7 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
         axes.xaxis.set_major_formatter(_rows)
         axes.grid(alpha=0.3)
         _legend(axes, what)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def draw_reliability(runs: Sequence[RunCurves], path: Path) -> None:
@@ -119,7 +119,7 @@ def draw_reliability(runs: Sequence[RunCurves], path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     _legend(top, "no finished run yet")
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -142,6 +142,7 @@ def _rows(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """The figure as a PNG, atomically; UserError where it cannot be written."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

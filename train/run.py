@@ -95,8 +95,9 @@ def _model(request: Request) -> str:
 def _complete(request: Request) -> Request:
     """The request with every setting but the machine's filled in."""
     recipe = request.recipe or "default"
-    return Request(_model(request), recipe, request.seed or 0, bool(request.deterministic),
-                   resolve_recipe(recipe, request.model, request.hyperparameters))
+    model = _model(request)
+    return Request(model, recipe, request.seed or 0, bool(request.deterministic),
+                   resolve_recipe(recipe, model, request.hyperparameters))
 
 
 def _check_same(directory: Path, stored: dict[str, Any], request: Request) -> None:
@@ -165,7 +166,8 @@ def _open_data(data: Path) -> tuple[Artifacts, Split, Split, Split]:
         if (split.rows, split.num_dense) != (artifacts.counts[name], artifacts.num_dense):
             raise UserError(f"{split.path} holds {split.rows:,} rows of {split.num_dense} numeric features, its "
                             f"artifacts.json says {artifacts.counts[name]:,} of {artifacts.num_dense}: prepare again")
-    return artifacts, *splits
+    train, valid, gold = splits
+    return artifacts, train, valid, gold
 
 
 def _check_data(data: Path, now: Artifacts, then: Artifacts) -> None:

@@ -128,6 +128,7 @@ def score(
             _check_finite(logits, batch.line_index)
             rows += len(logits)
             if labelled:
+                assert batch.label is not None
                 kept.append((logits, batch.label))
             if writer is not None:
                 writer.write(batch, logits)

@@ -3,7 +3,7 @@
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Floors:
 
 
 def measure_pairs(
-    functions: dict[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], Any]],
     *,
     rounds: int = 50,
     warmup: int = 3,
@@ -126,7 +126,7 @@ def measure_floors(device: torch.device | str, dtype: torch.dtype = torch.float3
 
 
 def compare(
-    functions: dict[str, Callable[[], Sequence[torch.Tensor]]],
+    functions: Mapping[str, Callable[[], Sequence[torch.Tensor]]],
     *,
     kernel: str,
     mode: str,
@@ -186,23 +186,28 @@ def relative_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor
 
 
 def saved_bytes(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward pass of what `function` computes.
+    """Bytes that autograd keeps for the backward pass of what `function` computes; see `saved_tensors`."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors(function, exclude))
+
+
+def saved_tensors(function: Callable[[], Any], exclude: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+    """A tensor of each storage that autograd keeps for the backward pass of what `function` computes.
 
     Each storage counts once and whole, however many views of it are kept. `exclude`: inputs and parameters, which
     exist anyway.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps addresses from being used twice
+    kept: dict[int, torch.Tensor] = {}  # holding them keeps addresses from being used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            kept[storage.data_ptr()] = storage
+        address = tensor.untyped_storage().data_ptr()
+        if address not in excluded:
+            kept.setdefault(address, tensor.detach())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
-    return sum(storage.nbytes() for storage in kept.values())
+    return list(kept.values())
 
 
 def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cpu") -> int:

@@ -69,7 +69,7 @@ class Settings:
             return
         for value in SWEEPS[self.sweep]:
             torch.compiler.reset()  # else the ninth shape of a function is no longer compiled
-            yield replace(self, **{self.sweep: value})
+            yield replace(self, batch=value) if self.sweep == "batch" else replace(self, fields=value)
 
     def modes(self) -> tuple[str, ...]:
         """What to time; a sweep times the training direction alone."""

@@ -17,10 +17,11 @@ from ctr_train import files
 # Columns in their order; those without a heading stand above the table if they are the same in all rows.
 HEADINGS = {"kernel": "", "x": "", "mode": "", "provider": "provider", "p20": "p20 ms", "p50": "p50 ms",
             "p80": "p80 ms", "ratio": "x ours", "rows_per_s": "rows/s", "gbps": "GB/s", "gflops": "GFLOP/s",
-            "percent_of_floor": "% of floor", "computed_mb": "computed MB", "memory_mb": "MB",
+            "percent_of_floor": "% of floor", "computed_mb": "computed MB", "memory_mb": "MB", "rows": "rows",
             "fp64_error": "error to fp64", "version": "version", "note": "note"}
 DECIMALS = {"ratio": 2, "rows_per_s": 0, "gbps": 1, "gflops": 1, "percent_of_floor": 0, "computed_mb": 1,
             "memory_mb": 1}
+Device = torch.device  # a field of Machine is called torch
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Row:
         rows_per_s: samples a second at p50.
         memory_mb: of a timing, peak memory of one call on top of what there was before it; else what it says, in
             10^6 bytes. computed_mb: the same from a formula.
+        rows: size of a batch that is itself the result.
         fp64_error: largest error of any output or gradient against fp64, as a share of the largest value there.
         version: what the provider is part of, with its version.
         note: why there is no figure, or what else is to be known; mostly empty.
@@ -56,6 +58,7 @@ class Row:
     rows_per_s: float | None = None
     computed_mb: float | None = None
     memory_mb: float | None = None
+    rows: int | None = None
     fp64_error: float | None = None
     version: str = ""
     note: str = ""
@@ -80,7 +83,7 @@ class Machine:
     copy_gbps: float = 0.0
 
     @classmethod
-    def of(cls, device: torch.device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
+    def of(cls, device: Device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
         return cls(device_name(device), torch.get_num_threads(), str(torch.__version__), torch.version.cuda or "",
                    platform.python_version(), _commit(), mm_gflops, copy_gbps)
 
@@ -101,19 +104,28 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """The rows as aligned text on stdout: what is the same in all of them once, in a line above the table."""
+def tabulate(rows: Sequence[Row]) -> tuple[str, list[bool], list[Sequence[str]]]:
+    """What is the same in all rows; which columns are numbers; the headings and then a line of cells a row.
+
+    Columns that are empty in all rows are left out.
+    """
     given = {name: [_text(name, getattr(row, name)) for row in rows] for name in HEADINGS}
     common = [name for name, cells in given.items() if not HEADINGS[name] and cells and len(set(cells)) == 1]
-    if common:
-        click.echo("  ".join(given[name][0] for name in common))
     columns = [name for name, cells in given.items() if name not in common and any(cells)]
+    numeric = [any(isinstance(getattr(row, name), int | float) for row in rows) for name in columns]
     lines = [[HEADINGS[name] or name for name in columns], *zip(*(given[name] for name in columns), strict=True)]
+    return ", ".join(given[name][0] for name in common), numeric, lines
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """The rows as aligned text on stdout, below a line with what is the same in all of them."""
+    above, numeric, lines = tabulate(rows)
+    if above:
+        click.echo(above)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numeric = {name for name in columns if any(isinstance(getattr(row, name), float) for row in rows)}
     for line in lines:
-        cells = (cell.rjust(width) if name in numeric else cell.ljust(width)
-                 for name, cell, width in zip(columns, line, widths, strict=True))
+        cells = (cell.rjust(width) if right else cell.ljust(width)
+                 for right, cell, width in zip(numeric, line, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
 
 
@@ -145,6 +157,8 @@ def write_csv(path: Path | str, rows: Iterable[Row], machine: Machine) -> None:
 
 def _text(name: str, value: Any) -> str:
     """A cell: the column's decimals, or four significant digits; nothing for None."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         if name == "fp64_error":
             return f"{value:.1e}"

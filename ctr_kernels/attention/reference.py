@@ -25,6 +25,7 @@ def field_attention_reference(
 
     probabilities = torch.softmax(heads(q) @ heads(k).transpose(-1, -2) * scale, dim=-1)
     if dropout_p > 0.0:
+        assert seed is not None
         mask = dropout_mask(batch * num_heads * fields, fields, dropout_p, seed)
         probabilities = probabilities * mask.view_as(probabilities) / (1.0 - dropout_p)
     return (probabilities @ heads(v)).transpose(1, 2).reshape(batch, fields, dim)

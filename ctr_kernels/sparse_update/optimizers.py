@@ -63,6 +63,7 @@ class _SparseRowOptimizer(torch.optim.Optimizer):
 
     def _update(self, table: torch.Tensor, number: int, group: dict[str, Any]) -> None:
         grad = table.grad
+        assert grad is not None
         if not grad.is_sparse or grad.sparse_dim() != 1:
             raise ValueError(f"the gradient of a table {tuple(table.shape)} is dense; sparse rows are "
                              "needed: use EmbeddingTable or nn.Embedding(sparse=True)")

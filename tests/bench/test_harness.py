@@ -213,13 +213,13 @@ def test_rows_are_written_whole(tmp_path) -> None:
 def test_table_says_once_what_is_the_same_and_leaves_out_empty_columns(capsys: pytest.CaptureFixture) -> None:
     records.print_table(ROWS)
     above, head, first, second = capsys.readouterr().out.splitlines()
-    assert above == "attention  B=4096  forward"
+    assert above == "attention, B=4096, forward"
     assert [name for name in head.split("  ") if name][:3] == ["provider", "p20 ms", "p50 ms"]
     assert first.split() == ["ours", "20.00", "21.50", "23.00", "1.00", "5.0", "35.0", "37", "3.0e-07"]
     assert second.index("out of memory") == head.index("note")
     records.print_table([ROWS[0], Row("ffn", "ours", "forward", "B=4096", p50=1.0)])
     above, head, *_ = capsys.readouterr().out.splitlines()
-    assert above == "B=4096  forward" and head.startswith("kernel") and "note" not in head
+    assert above == "B=4096, forward" and head.startswith("kernel") and "note" not in head
 
 
 @pytest.fixture

@@ -172,8 +172,8 @@ def test_the_interval_is_that_of_wilson_and_holds_at_zero_and_one():
 def drawn(monkeypatch, draw, runs, path):
     """The figure that a function draws, before it is saved."""
     figures = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    save = plots.save_png
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: (figures.append(figure), save(figure, path)))
     draw(runs, path)
     assert path.stat().st_size > 0
     return figures[0].axes

@@ -122,7 +122,8 @@ class Split:
         """Rows start to stop of one record batch, without a copy."""
 
         def matrix(dtype: type, first_word: int, width: int) -> np.ndarray:
-            values = np.frombuffer(self._buffer, dtype, (stop - start) * width, (first_word + start * width) * WORD)
+            count, offset = (stop - start) * width, (first_word + start * width) * WORD
+            values: np.ndarray = np.frombuffer(self._buffer, dtype, count, offset)
             return values.reshape(-1, width)
 
         label_at = self._label_at[batch]

@@ -185,6 +185,7 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
             rows, in_valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
             train, valid = np.flatnonzero(~in_valid), np.flatnonzero(in_valid)
             settings.skipped_lines += block.skipped
+            assert rows.label is not None  # labelled=True
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
             held_out = [column.take(valid, axis=0) for column in columns]
             gold = settings.gold_rows - writers["gold"].rows

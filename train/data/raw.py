@@ -71,7 +71,7 @@ class Source:
 
     def _open(self, file: io.BufferedReader) -> Any:
         compressed = file.peek(2)[:2] == GZIP_MAGIC  # by content: names lie
-        counted = _Counted(file, self._count)
+        counted: Any = _Counted(file, self._count)
         return gzip.GzipFile(fileobj=counted) if compressed else counted
 
     def _count(self, data: bytes) -> None:

@@ -1,0 +1,173 @@
+"""Turn the committed results into the tables and pictures of README.md and docs/results.md.
+
+bench/results/MACHINE/NAME.json is what `bench/NAME.py --json` wrote there; NAME-batch.json and NAME-fields.json come
+from its sweeps. The text between `<!-- results: WHAT -->` and `<!-- end of results -->` is replaced.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from common.records import Machine, Row, read_rows, tabulate
+
+from ctr_train.command import run_command
+from ctr_train.files import atomic_path
+
+ROOT = Path(__file__).parent.parent
+RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "pictures"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+# Lines of the summary: (label, file, kernel, mode, what the shape contains).
+SUMMARY = (
+    ("attention, forward", "attn", "field_attention", "forward", ""),
+    ("attention, forward + backward", "attn", "field_attention", "forward+backward", ""),
+    ("FFN, forward + backward", "ffn", "ffn", "forward+backward", ""),
+    ("whole layer, forward (inference)", "layer", "layer", "forward", ""),
+    ("whole layer, forward + backward", "layer", "layer", "forward+backward", ""),
+    ("lookup + backward + SGD, uniform ids", "sparse_update", "sparse_update", "SGD", "uniform"),
+    ("lookup + backward + SGD, skewed ids", "sparse_update", "sparse_update", "SGD", "skewed"),
+    ("lookup + backward + Adagrad, skewed ids", "sparse_update", "sparse_update", "Adagrad", "skewed"),
+    ("FT-Transformer, training step", "step", "step ft", "training step", ""),
+    ("AutoInt, training step", "step", "step autoint", "training step", ""),
+    ("DCNv2, training step", "step", "step dcnv2", "training step", ""),
+)
+Results = dict[str, tuple[Machine, list[Row]]]  # NAME -> what was measured
+
+
+def load(machine: Path) -> Results:
+    """All results of one machine; UserError for a file that is not JSON."""
+    return {path.stem: read_rows(path) for path in sorted(machine.glob("*.json"))}
+
+
+def machines() -> dict[str, Results]:
+    """Machine -> its results, for every folder of bench/results."""
+    return {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()} if RESULTS.is_dir() else {}
+
+
+def part(results: Results, file: str, kernel: str, mode: str, shape: str) -> list[Row]:
+    """The rows of one measurement, ours first."""
+    _, rows = results.get(file, (None, []))
+    return [row for row in rows if (row.kernel, row.mode) == (kernel, mode) and shape in row.x]
+
+
+def summary(everything: dict[str, Results]) -> str:
+    """README: ours, the fastest rival and eager PyTorch, a line a measurement, for each machine."""
+    return "\n".join(_summary_of(name, results) for name, results in everything.items()) or "None are committed yet.\n"
+
+
+def _summary_of(name: str, results: Results) -> str:
+    lines = [f"`{name}`: {_machine(results)}.\n", "| median | ours | fastest rival | | plain PyTorch |",
+             "|---|--:|--:|---|--:|"]
+    for label, *which in SUMMARY:
+        ours, rivals = _split(part(results, *which))
+        if ours is None or ours.p50 is None:
+            continue
+        rate = f" ({ours.rows_per_s:,.0f} rows/s)" if ours.rows_per_s else ""
+        best = min(rivals, key=lambda row: row.ratio or float("inf"), default=None)
+        plain = next((row for row in rivals if row.provider in ("eager", "Embedding dense + SGD",
+                                                                "Embedding dense + Adagrad")), None)
+        lines.append(f"| {label} | {ours.p50:,.1f} ms{rate} | {_ratio(best)} | {best.provider if best else ''} "
+                     f"| {_ratio(plain)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _split(rows: list[Row]) -> tuple[Row | None, list[Row]]:
+    """Ours, and the rivals that ran."""
+    return (next((row for row in rows if row.provider.startswith("ours")), None),
+            [row for row in rows if not row.provider.startswith("ours") and row.ratio])
+
+
+def _ratio(row: Row | None) -> str:
+    return f"{row.ratio:.1f}x" if row and row.ratio else ""
+
+
+def _machine(results: Results) -> str:
+    """Device, threads, torch and commit, as all the files have them."""
+    parts = {(m.device, m.threads, m.torch) for m, _ in results.values()}
+    commits = sorted({m.commit for m, _ in results.values()})
+    return "; ".join(f"{device}, {threads} CPU threads, torch {torch}" for device, threads, torch in sorted(parts)) + (
+        f"; commit {', '.join(commits)}")
+
+
+def full(everything: dict[str, Results]) -> str:
+    """docs/results.md: every row of every machine, with its pictures."""
+    text = []
+    for name, results in everything.items():
+        text += [f"## {name}\n", f"{_machine(results)}.\n"]
+        text += [f"![{alt}](pictures/{name}-{picture}.png)\n" for picture, alt in
+                 (("times", "time of every rival, by measurement"), ("memory", "memory by model and optimizer"))]
+        for script, (machine, rows) in results.items():
+            above, numeric, lines = tabulate(rows)
+            text += [f"### {script}\n"]
+            if "-" in script:
+                text += [f"![{script}](pictures/{name}-{script}.png)\n"]
+            text += [f"{above or 'All'}; {machine}.\n", _markdown(numeric, lines)]
+    return "\n".join(text) or "None are committed yet.\n"
+
+
+def _markdown(numeric: list[bool], lines: list) -> str:
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|" + "|".join("--:" if right else "---" for right in numeric) + "|", *body]) + "\n"
+
+
+WHAT: dict[str, Callable[[dict[str, Results]], str]] = {"summary": summary, "full": full}
+
+
+def fill(text: str, everything: dict[str, Results]) -> str:
+    """The document with its results as they are now."""
+    return BLOCK.sub(lambda found: f"{found[1]}{WHAT[found[2]](everything)}{found[3]}", text)
+
+
+def draw(name: str, results: Results) -> None:
+    """All pictures of one machine."""
+    from common.plots import draw_bars, draw_stacks, draw_sweep
+
+    measured = {label: part(results, *which) for label, *which in SUMMARY}
+    about = f"{_machine(results)}; B=4096, F=27, D=64, H=4"
+    if any(measured.values()):
+        draw_bars({label: rows for label, rows in measured.items() if rows}, about, PICTURES / f"{name}-times.png")
+    if "memory" in results:
+        draw_stacks(_stacks(results["memory"][1]), about, PICTURES / f"{name}-memory.png")
+    for script, (machine, rows) in results.items():
+        if "-" in script:
+            draw_sweep(rows, machine, PICTURES / f"{name}-{script}.png")
+
+
+def _stacks(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Panel -> provider -> part -> MB: what autograd keeps of an FT layer, then the training step of each model."""
+    stacks: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.memory_mb is None or (row.kernel == "memory autoint layer"):
+            continue
+        layer = row.kernel.endswith("layer")
+        model = row.kernel.removeprefix("memory ").removesuffix(" layer")
+        panel = f"{model}, {'one layer: kept for backward' if layer else 'a training step'}, {row.x}"
+        bar = stacks.setdefault(panel, {}).setdefault(row.provider, {})
+        if row.mode == "step, in all":
+            bar["gradients, activations, temporaries"] = row.memory_mb - sum(bar.values())
+        elif row.mode in ("embedding table", "optimizer state") or (layer and row.mode != "layer, in all"):
+            bar[row.mode] = row.memory_mb
+    return stacks
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; fail if a document does not have the results.")
+def main(check: bool) -> None:
+    """Write the tables and pictures of README.md and docs/results.md from bench/results."""
+    everything = machines()
+    for path in DOCUMENTS:
+        text = path.read_text()
+        filled = fill(text, everything)
+        if check and filled != text:
+            raise click.ClickException(f"{path.name} has other figures than bench/results: run bench/report.py")
+        if not check and filled != text:
+            with atomic_path(path) as temporary:
+                temporary.write_text(filled)
+    if not check:
+        for name, results in everything.items():
+            draw(name, results)
+
+
+if __name__ == "__main__":
+    run_command(main, "bench/report.py")
