@@ -1,5 +1,7 @@
 """AutoInt: multi-head self-attention over feature tokens learns the interactions between features."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,12 +30,14 @@ class AutoInt(CTRModel):
         num_dense, num_sparse: number of numeric features and of categorical fields.
         num_layers, num_heads: None means 2 and 4 (study), 3 and 2 (paper); width / num_heads is 8, 16, 32 or 64.
         dropout: on attention weights, and in the study on hidden units of the FFN and head; none in eval().
-        numeric_tokens: a token for each numeric feature (39 tokens for Criteo) instead of one for all (27);
-            x_j w_j + b_j in the study variant, x_j w_j in the paper's. None means one (study), each (paper).
+        numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
+            "affine", "scaled", "periodic" or "piecewise" (one each, 39); see FeatureTokenizer. None means "token"
+            (study), "scaled" (paper).
+        history, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
-    forward: dense [B, num_dense] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
+    forward: dense [B, num_dense + history * num_sparse] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
 
     Raises ValueError (arguments, shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
 
@@ -55,7 +59,10 @@ class AutoInt(CTRModel):
         dropout: float = 0.1,
         variant: str = "study",
         tables: str = "shared",
-        numeric_tokens: bool | None = None,
+        numeric: str | None = None,
+        numeric_edges: Sequence[Sequence[float]] | None = None,
+        history: int = 0,
+        embedding_dropout: float = 0.0,
         embedding_std: float = 0.01,
         kernels: str = "auto",
     ) -> None:
@@ -71,13 +78,13 @@ class AutoInt(CTRModel):
             num_layers = 3 if paper else 2
         if num_heads is None:
             num_heads = 2 if paper else 4
-        if numeric_tokens is None:
-            numeric_tokens = paper
+        if numeric is None:
+            numeric = "scaled" if paper else "token"
         check_positive(num_layers=num_layers, attention_dim=attention_dim)
-        numeric_mode = "scaled" if paper else "affine"
         self.tokenizer = FeatureTokenizer(
             num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse,
-            dense=numeric_mode if numeric_tokens else "token", tables=tables, std=embedding_std, kernels=kernels,
+            dense=numeric, numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout,
+            tables=tables, std=embedding_std, kernels=kernels,
         )
         num_tokens = self.tokenizer.num_tokens
         check_attention(attention_dim, num_heads, num_tokens)
@@ -98,7 +105,7 @@ class AutoInt(CTRModel):
             self.head = study_head(dim, dropout)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
-        """dense [B, num_dense], sparse [B, num_sparse] -> logits [B]."""
+        """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
         x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)

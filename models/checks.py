@@ -18,10 +18,10 @@ def check_positive(**named: int) -> None:
             raise ValueError(f"{name}={value}: at least 1 is needed")
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, name: str = "dropout") -> None:
     """ValueError unless 0 <= dropout < 1."""
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout} is outside [0, 1)")
+        raise ValueError(f"{name}={dropout} is outside [0, 1)")
 
 
 def check_attention(dim: int, num_heads: int, num_tokens: int) -> None:

@@ -37,12 +37,14 @@ class DCNv2(CTRModel):
         norm: "none", or "batch": BatchNorm between Linear and ReLU in the MLP (then a training batch needs at
             least 2 rows).
         dropout: in the MLP, after ReLU; none in eval().
-        numeric_tokens: embed each numeric feature as x_j w_j + b_j before the concatenation (39 * 16 = 624 for
-            Criteo).
+        numeric, numeric_edges: embed each numeric feature ("affine", "scaled", "periodic", "piecewise"; "token": all
+            of them together) before the concatenation (39 * 16 = 624 for Criteo); see FeatureTokenizer. None leaves
+            them, and the history, as they come.
+        history, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
         kernels: "auto", "eager", "native" or "triton"; for the lookup and low-rank cross layers without experts.
 
-    forward: dense [B, num_dense] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
+    forward: dense [B, num_dense + history * num_sparse] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
 
     Raises ValueError (arguments, shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
 
@@ -67,7 +69,10 @@ class DCNv2(CTRModel):
         dropout: float = 0.1,
         variant: str = "study",
         tables: str = "shared",
-        numeric_tokens: bool = False,
+        numeric: str | None = None,
+        numeric_edges: Sequence[Sequence[float]] | None = None,
+        history: int = 0,
+        embedding_dropout: float = 0.0,
         embedding_std: float = 0.01,
         kernels: str = "auto",
     ) -> None:
@@ -86,17 +91,20 @@ class DCNv2(CTRModel):
             raise ValueError(f"num_experts={num_experts}: experts are low-rank; give a rank as well")
         if rank is not None:
             check_positive(rank=rank)
-        self.num_dense, self.num_sparse, self.structure = num_dense, num_sparse, structure
-        if numeric_tokens:
+        self.width, self.num_sparse, self.structure = num_dense + history * num_sparse, num_sparse, structure
+        if numeric is not None:
             self.tokenizer: FeatureTokenizer | None = FeatureTokenizer(
-                num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse, dense="affine",
-                tables=tables, std=embedding_std, kernels=kernels)
-            width = dim * (num_sparse + num_dense)
+                num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse, dense=numeric,
+                numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout, tables=tables,
+                std=embedding_std, kernels=kernels)
+            width = dim * self.tokenizer.num_tokens
         else:
+            if embedding_dropout:
+                raise ValueError(f"embedding_dropout={embedding_dropout} needs tokens; choose a value of numeric")
             self.tokenizer = None
             self.embedding = FieldEmbedding(num_embeddings=num_embeddings, dim=dim, num_fields=num_sparse,
                                             tables=tables, std=embedding_std, kernels=kernels)
-            width = dim * num_sparse + num_dense
+            width = dim * num_sparse + self.width
         self.cross = nn.ModuleList(
             FullRankCross(width) if rank is None
             else LowRankCross(width, rank, num_experts=num_experts, inner=variant == "paper", kernels=kernels)
@@ -106,7 +114,7 @@ class DCNv2(CTRModel):
         self.head = LogitLinear(mlp_dims[-1] + (width if structure == "parallel" else 0))
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
-        """dense [B, num_dense], sparse [B, num_sparse] -> logits [B]."""
+        """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
         x0 = self._concatenate(dense, sparse)
         x = x0
         for layer in self.cross:
@@ -119,7 +127,7 @@ class DCNv2(CTRModel):
         """x0 [B, width]: numeric part first, then the fields in order."""
         if self.tokenizer is not None:
             return self.tokenizer(dense, sparse).flatten(1)
-        check_inputs(dense, sparse, self.num_dense, self.num_sparse)
+        check_inputs(dense, sparse, self.width, self.num_sparse)
         embedded = self.embedding(sparse).flatten(1)
         return torch.cat([dense.to(embedded.dtype), embedded], dim=1)
 

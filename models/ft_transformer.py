@@ -1,5 +1,7 @@
 """FT-Transformer: every feature is a token, a transformer mixes them, one token or their mean gives the logit."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,13 +30,15 @@ class FTTransformer(CTRModel):
         num_layers, num_heads: None means 2 and 4 (study), 3 and 8 (paper); dim / num_heads is 8, 16, 32 or 64.
         dropout: on attention weights and hidden units of the FFN, and in the study's head; none in eval().
         pooling: "cls" or "mean" (the latter in the study variant only, without a CLS token).
-        numeric_tokens: a token x_j w_j + b_j for each numeric feature (39 tokens for Criteo) instead of one for
-            all (27); None means the variant's own: one (study), each (paper).
+        numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
+            "affine", "scaled", "periodic" or "piecewise" (one each, 39); see FeatureTokenizer. None means "token"
+            (study), "affine" (paper).
+        history, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings; None means 0.01 (study),
             1 / sqrt(3 dim) (paper: that of its uniform initialisation; drawn from a normal here).
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
-    forward: dense [B, num_dense] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
+    forward: dense [B, num_dense + history * num_sparse] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
 
     Raises ValueError (arguments, shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
 
@@ -56,7 +60,10 @@ class FTTransformer(CTRModel):
         variant: str = "study",
         pooling: str = "cls",
         tables: str = "shared",
-        numeric_tokens: bool | None = None,
+        numeric: str | None = None,
+        numeric_edges: Sequence[Sequence[float]] | None = None,
+        history: int = 0,
+        embedding_dropout: float = 0.0,
         embedding_std: float | None = None,
         kernels: str = "auto",
     ) -> None:
@@ -71,16 +78,16 @@ class FTTransformer(CTRModel):
             num_layers = 3 if paper else 2
         if num_heads is None:
             num_heads = 8 if paper else 4
-        if numeric_tokens is None:
-            numeric_tokens = paper
+        if numeric is None:
+            numeric = "affine" if paper else "token"
         if embedding_std is None:
             embedding_std = (3 * dim) ** -0.5 if paper else 0.01
         check_positive(num_layers=num_layers)
         self.pooling = pooling
         self.tokenizer = FeatureTokenizer(
             num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse,
-            dense="affine" if numeric_tokens else "token", field_bias=paper, cls=pooling == "cls",
-            tables=tables, std=embedding_std, kernels=kernels,
+            dense=numeric, numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout,
+            field_bias=paper, cls=pooling == "cls", tables=tables, std=embedding_std, kernels=kernels,
         )
         check_attention(dim, num_heads, self.tokenizer.num_tokens)
         if paper:
@@ -99,7 +106,7 @@ class FTTransformer(CTRModel):
             self.head = study_head(dim, dropout)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
-        """dense [B, num_dense], sparse [B, num_sparse] -> logits [B]."""
+        """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
         x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)

@@ -1,22 +1,19 @@
 """The tokenizer: a row's numeric features and categorical ids become tokens [B, F, dim]."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable, field_tokens
 from ctr_kernels.backend import on_triton
 from ctr_kernels.sparse_update.table import check_ids
 
-from .checks import check_choice, check_inputs, check_positive
+from .checks import check_choice, check_dropout, check_inputs, check_positive
+from .numeric import NUMERIC_MODES, FieldHistory, Periodic, PiecewiseLinear, uniform_vectors
 
-DENSE_MODES = ("token", "affine", "scaled")
 TABLES = ("shared", "per-field")
-
-
-def uniform_vectors(*shape: int) -> nn.Parameter:
-    """A parameter [..., dim] drawn from U(-1/sqrt(dim), 1/sqrt(dim)), as rtdl_revisiting_models draws its vectors."""
-    bound = shape[-1] ** -0.5
-    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
 class FieldEmbedding(nn.Module):
@@ -89,14 +86,20 @@ class FeatureTokenizer(nn.Module):
     Args:
         num_embeddings, dim, tables, std, kernels: see FieldEmbedding.
         num_dense, num_sparse: number of numeric features and of categorical fields.
+        history: statistics of each field's value (see FieldHistory), in the history * num_sparse columns of `dense`
+            behind the numeric features; they are added to the field's token.
+        embedding_dropout: probability of leaving a field's row out of its token in training, the others scaled up;
+            the model then cannot lean on rows it has seen a few times only.
+        numeric_edges: bins of each numeric feature, for dense="piecewise".
         dense: "token": ONE token for all numeric features, Linear(num_dense, dim) (the baseline study).
             "affine": a token for each feature, x_j w_j + b_j (FT-Transformer).
             "scaled": a token for each feature, x_j w_j (AutoInt: Song et al. 2019, eq. 4).
+            "periodic", "piecewise": a token for each feature by Periodic or PiecewiseLinear.
         field_bias: add a bias vector for each categorical field (FT-Transformer).
         cls: put a learned CLS token, without bias, in front.
 
-    forward: dense [B, num_dense] float, converted to the dtype of the table; sparse [B, num_sparse] int32 or
-    int64 -> [B, num_tokens, dim].
+    forward: dense [B, num_dense + history * num_sparse] float, converted to the dtype of the table; sparse
+    [B, num_sparse] int32 or int64 -> [B, num_tokens, dim].
 
     Raises ValueError (shapes), TypeError (dtypes), IndexError (an id outside the table, on CPUs).
 
@@ -116,6 +119,9 @@ class FeatureTokenizer(nn.Module):
         num_dense: int = 13,
         num_sparse: int = 26,
         dense: str = "token",
+        numeric_edges: Sequence[Sequence[float]] | None = None,
+        history: int = 0,
+        embedding_dropout: float = 0.0,
         field_bias: bool = False,
         cls: bool = False,
         tables: str = "shared",
@@ -123,32 +129,52 @@ class FeatureTokenizer(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
-        check_choice("dense", dense, DENSE_MODES)
+        check_choice("dense", dense, NUMERIC_MODES)
+        check_dropout(embedding_dropout, "embedding_dropout")
         check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse)
+        if history < 0:
+            raise ValueError(f"history={history} is negative")
+        if dense == "piecewise" and len(numeric_edges or ()) != num_dense:
+            raise ValueError(f"numeric_edges has {len(numeric_edges or ())} lists; dense='piecewise' needs one for "
+                             f"each of {num_dense} numeric features")
         self.num_dense, self.num_sparse, self.dense = num_dense, num_sparse, dense
+        self.embedding_dropout = embedding_dropout
         self.num_tokens = num_sparse + (1 if dense == "token" else num_dense) + int(cls)
         self.embedding = FieldEmbedding(num_embeddings=num_embeddings, dim=dim, num_fields=num_sparse,
                                         tables=tables, std=std, kernels=kernels)
         if dense == "token":
             self.dense_token = nn.Linear(num_dense, dim)
+        elif dense == "periodic":
+            self.numeric = Periodic(num_dense, dim)
+        elif dense == "piecewise":
+            self.numeric = PiecewiseLinear(numeric_edges, dim)
         else:
             self.dense_weight = uniform_vectors(num_dense, dim)
             self.dense_bias = uniform_vectors(num_dense, dim) if dense == "affine" else None
         self.field_bias = uniform_vectors(num_sparse, dim) if field_bias else None
         self.cls = uniform_vectors(dim) if cls else None
+        self.history = FieldHistory(history, num_sparse, dim) if history else None
+        self.width = num_dense + history * num_sparse  # of `dense`
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
-        """dense [B, num_dense], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
-        check_inputs(dense, sparse, self.num_dense, self.num_sparse)
+        """dense [B, width], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
+        check_inputs(dense, sparse, self.width, self.num_sparse)
         table, kernels = self.embedding.table.weight, self.embedding.table.kernels
-        if self.dense == "token" and on_triton(kernels, table.device, "field_tokens", table.dtype):
+        drops = self.training and self.embedding_dropout > 0.0
+        plain = self.dense == "token" and self.history is None and not drops
+        if plain and on_triton(kernels, table.device, "field_tokens", table.dtype):
             linear = self.dense_token
             return field_tokens(table, self.embedding.rows(sparse), dense.to(table.dtype), linear.weight, linear.bias,
                                 self.cls, self.field_bias, kernels="triton")
+        dense = dense.to(self.embedding.table.lookup_dtype)
         categorical = self.embedding(sparse)
+        if drops:
+            categorical = F.dropout1d(categorical, self.embedding_dropout)  # whole rows [dim] of the [B, fields, dim]
+        if self.history is not None:
+            categorical = categorical + self.history(dense[:, self.num_dense:])
         if self.field_bias is not None:
             categorical = categorical + self.field_bias
-        tokens = [self._numeric(dense.to(self.embedding.table.lookup_dtype)), categorical]
+        tokens = [self._numeric(dense[:, :self.num_dense]), categorical]
         if self.cls is not None:
             tokens.insert(0, self.cls.expand(dense.shape[0], 1, -1))
         return torch.cat(tokens, dim=1)
@@ -156,5 +182,7 @@ class FeatureTokenizer(nn.Module):
     def _numeric(self, dense: torch.Tensor) -> torch.Tensor:
         if self.dense == "token":
             return self.dense_token(dense).unsqueeze(1)
+        if self.dense in ("periodic", "piecewise"):
+            return self.numeric(dense)
         tokens = dense.unsqueeze(-1) * self.dense_weight  # [B, num_dense, dim]
         return tokens if self.dense_bias is None else tokens + self.dense_bias

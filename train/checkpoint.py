@@ -17,7 +17,7 @@ from .machine import EMBEDDING_DTYPES
 FORMAT = "ctr-kernels checkpoint"
 VERSION = 1
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
-MODEL_ARGUMENTS = ("variant", "dropout", "tables", "numeric_tokens")
+MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 
 
 def save_checkpoint(
@@ -96,13 +96,12 @@ def restore_rng(content: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(content["rng"]["cuda"])
 
 
-def build_model(config: dict[str, Any], num_dense: int, kernels: str) -> CTRModel:
+def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> CTRModel:
     """The model that a run's config describes, newly initialised, on the CPU.
 
     Args:
-        config: "model", "hash_bins", "variant", "dropout", "tables", "numeric_tokens", "embedding_dtype"; "pooling" for
-            "ft".
-        num_dense: 13, or 26 with missing indicators.
+        config: "model", MODEL_ARGUMENTS and "embedding_dtype"; "pooling" for "ft".
+        artifacts: of the data: hash bins, numeric features with their bins, and history.
         kernels: "auto", "eager", "native" or "triton".
 
     Raises UserError for an unknown model or arguments that do not go together.
@@ -113,10 +112,10 @@ def build_model(config: dict[str, Any], num_dense: int, kernels: str) -> CTRMode
     arguments = {key: config[key] for key in MODEL_ARGUMENTS}
     if name == "ft":
         arguments["pooling"] = config["pooling"]
-    if name == "dcnv2" and arguments["numeric_tokens"] is None:
-        arguments["numeric_tokens"] = False
     try:
-        model = MODELS[name](num_embeddings=config["hash_bins"], num_dense=num_dense, kernels=kernels, **arguments)
+        model = MODELS[name](num_embeddings=artifacts.hash_bins, num_dense=artifacts.num_numeric,
+                             numeric_edges=artifacts.numeric_edges, history=artifacts.num_statistics, kernels=kernels,
+                             **arguments)
     except ValueError as error:
         raise UserError(f"model {name!r} cannot be built: {error}") from error
     if config["embedding_dtype"] != "fp32":

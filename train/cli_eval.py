@@ -20,6 +20,7 @@ from .checkpoint import build_model, load_checkpoint
 from .command import run_command
 from .data.artifacts import Artifacts
 from .data.raw import read_features
+from .data.values import ValueCounts
 from .errors import UserError
 from .evaluate import Progress, split_report
 from .machine import choose_device, resolve_kernels, set_up_torch
@@ -64,7 +65,7 @@ class Trained:
         place = choose_device(device)
         resolve_kernels(kernels, place, config["model"])
         set_up_torch(threads=threads, precision=config["precision"], deterministic=config["deterministic"])
-        model = build_model(config, artifacts.num_dense, kernels)
+        model = build_model(config, artifacts, kernels)
         try:
             model.load_state_dict(content["model"])
         except RuntimeError as error:
@@ -141,7 +142,10 @@ def evaluate_prepared(trained: Trained, data: Path, split: str, batch_size: int 
 
 def score_raw(trained: Trained, raw: Path, predictions: Path | None, batch_size: int | None) -> dict[str, Any]:
     """`score.score` of a raw file; UserError for rows without label if no predictions are asked for either."""
-    pieces = read_features([raw], settings=trained.artifacts)
+    artifacts, counts = trained.artifacts, None
+    if artifacts.counts_values:
+        counts = ValueCounts.load(trained.path.parent, artifacts.values, artifacts.hash_bins)
+    pieces = read_features([raw], settings=artifacts, counts=counts)
     first = next(pieces, None)
     if first is None:
         raise UserError(f"{raw} holds no rows")

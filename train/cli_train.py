@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ctr_models import MODELS
+from ctr_models.numeric import NUMERIC_MODES
 
 from .command import run_command
 from .machine import EMBEDDING_DTYPES, PRECISIONS
@@ -41,12 +42,13 @@ NAME = "ctr-train"
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="Of both learning rates.")
 @click.option("--warmup", type=float, help="Steps of warm-up; below 1, a share of all steps.")
 @click.option("--dropout", type=float, help="Probability of dropping a unit, in [0, 1).")
+@click.option("--embedding-dropout", type=float, help="Probability of leaving a field's embedding out, in [0, 1).")
 @click.option("--pooling", type=click.Choice(["cls", "mean"]), help="FT-Transformer: what the head reads.")
 @click.option("--variant", type=click.Choice(["study", "paper"]), help="The baseline study's form of the model, or its "
               "paper's.")
 @click.option("--tables", type=click.Choice(["shared", "per-field"]), help="One embedding table, or one a field.")
-@click.option("--numeric-tokens/--dense-token", default=None, help="A token for each numeric feature, or one for all."
-              "  [default: the variant's own]")
+@click.option("--numeric", type=click.Choice(NUMERIC_MODES), help="Numeric features: one token for all, or one each by "
+              "that map.  [default: the variant's own]")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="bf16: autocast; tf32: of matrix products on CUDA.")
 @click.option("--eval-every", type=int, help="Steps between evaluations on validation rows; 0: none.")
 @click.option("--patience", type=int, help="Stop after so many evaluations without a better logloss; 0: never.")

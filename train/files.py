@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,15 @@ def write_json(path: Path | str, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def copy_file(source: Path | str, path: Path | str) -> None:
+    """A copy of the file, atomically; UserError where `source` cannot be read or `path` not be written."""
+    try:
+        with open(source, "rb") as file, atomic_path(path) as temporary, open(temporary, "wb") as copy:
+            shutil.copyfileobj(file, copy)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist") from None
 
 
 def read_json(path: Path | str) -> Any:

@@ -22,7 +22,8 @@ class Recipe:
             costs 4 bytes a row.
         embedding_dtype: "fp32" or "bf16", of the tables in memory; updates are fp32, rounded stochastically to bf16.
         schedule, warmup: of both learning rates; warmup in steps, or below 1 as a share of all steps.
-        dropout, pooling, variant, tables, numeric_tokens: arguments of the model (pooling: FT-Transformer only).
+        dropout, embedding_dropout, pooling, variant, tables, numeric: arguments of the model (pooling: FT-Transformer
+            only).
         precision: "fp32", "tf32" or "bf16".
         eval_every: steps between evaluations on validation rows, and one after the last step; 0: none, the last
             weights are the result.
@@ -42,10 +43,11 @@ class Recipe:
     schedule: str = "constant"
     warmup: float = 0.0
     dropout: float = 0.1
+    embedding_dropout: float = 0.0
     pooling: str = "cls"
     variant: str = "study"
     tables: str = "shared"
-    numeric_tokens: bool | None = None
+    numeric: str | None = None
     precision: str = "fp32"
     eval_every: int = 0
     patience: int = 0
@@ -90,8 +92,8 @@ def _check(values: Mapping[str, Any]) -> None:
     ranges = {
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
         "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
-        "warmup": (0.0, None), "eval_every": (0, None),
-        "patience": (0, None), "dropout": (0.0, 1.0),
+        "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "dropout": (0.0, 1.0),
+        "embedding_dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():
         value = values[key]

@@ -12,10 +12,11 @@ from .checkpoint import build_model, load_checkpoint
 from .data.artifacts import Artifacts
 from .data.dataset import Part, Split, open_split
 from .data.loader import Loader
+from .data.values import FILE as VALUES_FILE
 from .default_data import default_data
 from .errors import UserError
 from .evaluate import gold_report
-from .files import read_json, write_json
+from .files import copy_file, read_json, write_json
 from .graph import CudaRecorder, choose_cuda_graph
 from .interrupt import Interrupt, exit_code
 from .loop import Trainer
@@ -132,10 +133,12 @@ def _train(directory: Path, settings: dict[str, Any], checkpoint: dict[str, Any]
         "total_steps": settings["epochs"] * steps_in_epoch, "versions": versions(),
     }
     torch.manual_seed(settings["seed"])
-    model = build_model(config, artifacts.num_dense, kernels).to(device)
+    model = build_model(config, artifacts, kernels).to(device)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", config)
     artifacts.save(directory)
+    if artifacts.counts_values:
+        copy_file(data / VALUES_FILE, directory / VALUES_FILE)  # raw rows get the same features from the run alone
     trainer = Trainer(directory, config=config, artifacts=artifacts, model=model, loader=loader,
                       valid=_selection_rows(valid, gold), recorder=CudaRecorder(device) if graphed else None)
     if checkpoint is not None:

@@ -10,17 +10,17 @@ from ctr_models import AutoInt
 TOLERANCE = {"rtol": 0.0, "atol": 1e-10}
 
 
-@pytest.mark.parametrize("numeric_tokens", [True, False])
-def test_paper_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, numeric_tokens):
-    model = AutoInt(variant="paper", num_embeddings=200, dim=16, attention_dim=32, numeric_tokens=numeric_tokens,
+@pytest.mark.parametrize("numeric", ["scaled", "token"])
+def test_paper_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, numeric):
+    model = AutoInt(variant="paper", num_embeddings=200, dim=16, attention_dim=32, numeric=numeric,
                     embedding_std=1.0, kernels="eager").double().eval()
     dense, sparse = make_batch(2, high=200, dtype=torch.float64)
     with torch.no_grad():
-        numeric = (torch.stack([dense[:, j, None] * model.tokenizer.dense_weight[j] for j in range(13)], dim=1)
-                   if numeric_tokens else affine(dense, model.tokenizer.dense_token).unsqueeze(1))
+        tokens = (torch.stack([dense[:, j, None] * model.tokenizer.dense_weight[j] for j in range(13)], dim=1)
+                   if numeric != "token" else affine(dense, model.tokenizer.dense_token).unsqueeze(1))
         table = model.tokenizer.embedding.table.weight
-        x = torch.cat([numeric, torch.stack([table[sparse[:, j]] for j in range(26)], dim=1)], dim=1)
-        assert x.shape == (2, 39 if numeric_tokens else 27, 16)
+        x = torch.cat([tokens, torch.stack([table[sparse[:, j]] for j in range(26)], dim=1)], dim=1)
+        assert x.shape == (2, 39 if numeric != "token" else 27, 16)
         assert len(model.layers) == 3
         for layer in model.layers:
             q, k, v, residual = affine(x, layer.qkvr).clamp_min(0.0).split(32, dim=-1)
@@ -29,14 +29,14 @@ def test_paper_variant_equals_its_formulas(make_batch, attend, layer_norm, affin
         torch.testing.assert_close(model(dense, sparse), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("numeric_tokens", [False, True])
-def test_study_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, numeric_tokens):
-    model = AutoInt(num_embeddings=200, dim=32, num_heads=4, numeric_tokens=numeric_tokens, embedding_std=1.0,
+@pytest.mark.parametrize("numeric", ["token", "affine"])
+def test_study_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, numeric):
+    model = AutoInt(num_embeddings=200, dim=32, num_heads=4, numeric=numeric, embedding_std=1.0,
                     kernels="eager").double().eval()
     dense, sparse = make_batch(2, high=200, dtype=torch.float64)
     with torch.no_grad():
         x = model.tokenizer(dense, sparse)
-        assert x.shape[1] == (39 if numeric_tokens else 27)
+        assert x.shape[1] == (39 if numeric != "token" else 27)
         assert len(model.layers) == 2
         for layer in model.layers:
             q, k, v = affine(x, layer.qkv).split(32, dim=-1)

@@ -71,7 +71,7 @@ def test_batch_norm_in_the_mlp_equals_its_formula(make_batch):
 
 
 def test_numeric_tokens_are_embedded_before_the_concatenation(make_batch):
-    model = DCNv2(numeric_tokens=True, **SMALL).double().eval()
+    model = DCNv2(numeric="affine", **SMALL).double().eval()
     dense, sparse = make_batch(3, high=100, dtype=torch.float64)
     tokenizer = model.tokenizer
     with torch.no_grad():

@@ -80,14 +80,14 @@ def test_paper_variant_leaves_out_decay_where_rtdl_does(make_batch):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("numeric_tokens", [False, True])
-def test_study_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, pooling, numeric_tokens):
-    model = FTTransformer(num_embeddings=200, dim=32, num_heads=4, pooling=pooling, numeric_tokens=numeric_tokens,
+@pytest.mark.parametrize("numeric", ["token", "affine"])
+def test_study_variant_equals_its_formulas(make_batch, attend, layer_norm, affine, pooling, numeric):
+    model = FTTransformer(num_embeddings=200, dim=32, num_heads=4, pooling=pooling, numeric=numeric,
                           embedding_std=1.0, kernels="eager").double().eval()
     dense, sparse = make_batch(2, high=200, dtype=torch.float64)
     with torch.no_grad():
         x = model.tokenizer(dense, sparse)
-        assert x.shape[1] == (39 if numeric_tokens else 27) + (pooling == "cls")
+        assert x.shape[1] == (39 if numeric != "token" else 27) + (pooling == "cls")
         assert len(model.layers) == 2
         for layer in model.layers:
             q, k, v = affine(layer_norm(x, layer.attention_norm), layer.qkv).split(32, dim=-1)
@@ -118,7 +118,7 @@ def test_bad_settings_are_quoted():
     with pytest.raises(ValueError, match="width 64 with num_heads=3 gives heads of width 21.3"):
         FTTransformer(num_embeddings=100, num_heads=3)
     with pytest.raises(ValueError, match="66 tokens a row; at most 64"):
-        FTTransformer(num_embeddings=100, num_dense=39, numeric_tokens=True)
+        FTTransformer(num_embeddings=100, num_dense=39, numeric="affine")
     with pytest.raises(ValueError, match="num_layers=0"):
         FTTransformer(num_embeddings=100, num_layers=0)
     with pytest.raises(ValueError, match="dropout=1.5"):

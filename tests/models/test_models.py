@@ -12,15 +12,15 @@ from ctr_models import MODELS, AutoInt, DCNv2, FTTransformer, autoint, ft_transf
 CASES = {
     "ft-cls": (FTTransformer, {}),
     "ft-mean": (FTTransformer, {"pooling": "mean"}),
-    "ft-39": (FTTransformer, {"numeric_tokens": True}),
+    "ft-39": (FTTransformer, {"numeric": "affine"}),
     "ft-paper": (FTTransformer, {"variant": "paper"}),
-    "ft-paper-27": (FTTransformer, {"variant": "paper", "numeric_tokens": False}),
+    "ft-paper-27": (FTTransformer, {"variant": "paper", "numeric": "token"}),
     "autoint": (AutoInt, {}),
-    "autoint-39": (AutoInt, {"numeric_tokens": True}),
+    "autoint-39": (AutoInt, {"numeric": "affine"}),
     "autoint-paper": (AutoInt, {"variant": "paper", "dim": 16, "attention_dim": 64}),
     "dcnv2": (DCNv2, {}),
     "dcnv2-experts": (DCNv2, {"num_experts": 4}),
-    "dcnv2-39": (DCNv2, {"numeric_tokens": True}),
+    "dcnv2-39": (DCNv2, {"numeric": "affine"}),
     "dcnv2-batch-norm": (DCNv2, {"norm": "batch"}),
     "dcnv2-paper": (DCNv2, {"variant": "paper"}),
     "dcnv2-paper-experts": (DCNv2, {"variant": "paper", "rank": 8, "num_experts": 2, "structure": "stacked"}),
@@ -190,7 +190,7 @@ def test_kernels_reach_every_operation(case, make_batch, monkeypatch):
 def test_arguments_are_keywords_that_a_command_line_can_share():
     assert {"dcnv2": DCNv2, "autoint": AutoInt, "ft": FTTransformer} == MODELS
     shared = {"num_embeddings", "dim", "num_dense", "num_sparse", "num_layers", "dropout", "variant", "tables",
-              "numeric_tokens", "embedding_std", "kernels"}
+              "numeric", "embedding_std", "kernels"}
     for model_class in MODELS.values():
         parameters = inspect.signature(model_class).parameters
         assert shared <= set(parameters)

@@ -101,7 +101,7 @@ def make_trainer(prepared, tmp_path, one_thread):
         loaders.append(loader)
         (tmp_path / name).mkdir(exist_ok=True)
         trainer = Trainer(tmp_path / name, config=config, artifacts=artifacts, loader=loader,
-                          model=build_model(config, artifacts.num_dense, "auto"), valid=open_split(prepared, "gold"),
+                          model=build_model(config, artifacts, "auto"), valid=open_split(prepared, "gold"),
                           recorder=recorder)
         stop = StopAfter(stop_after)
         stop.trainer = trainer

@@ -15,7 +15,9 @@ from ctr_train.optim import make_optimizers
 from ctr_train.schedule import make_schedulers
 
 CONFIG = {"model": "dcnv2", "hash_bins": 100, "variant": "study", "dropout": 0.1, "tables": "shared",
-          "numeric_tokens": None, "pooling": "cls", "embedding_dtype": "fp32"}
+          "numeric": None, "embedding_dropout": 0.0, "pooling": "cls", "embedding_dtype": "fp32"}
+
+ARTIFACTS = Artifacts(hash_bins=100, numeric_edges=[[0.0, 1.0, 2.0]] * 13)
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def save(prepared):
     def write(path: Path, **changes):
         torch.manual_seed(0)
         config = {**CONFIG, **changes}
-        model = build_model(config, 13, "auto")
+        model = build_model(config, ARTIFACTS, "auto")
         optimizers = make_optimizers(model, embedding_optimizer="rowwise-adagrad", embedding_lr=0.1, lr=0.1,
                                      weight_decay=0.0, kernels="auto")
         model(torch.rand(4, 13), torch.randint(100, (4, 26))).sum().backward()
@@ -55,22 +57,22 @@ def test_reads_back_what_was_saved(save, tmp_path, prepared):
 
 
 @pytest.mark.parametrize(("name", "key", "value"), [
-    ("ft", "pooling", "mean"), ("ft", "variant", "paper"), ("autoint", "numeric_tokens", True),
-    ("dcnv2", "numeric_tokens", True), ("dcnv2", "tables", "per-field"), ("ft", "dropout", 0.3),
+    ("ft", "pooling", "mean"), ("ft", "variant", "paper"), ("autoint", "numeric", "affine"),
+    ("dcnv2", "numeric", "piecewise"), ("dcnv2", "tables", "per-field"), ("ft", "dropout", 0.3),
     ("dcnv2", "embedding_dtype", "bf16"),
 ])
 def test_the_config_decides_the_model(name, key, value):
     config = {**CONFIG, "model": name}
-    plain, changed = (build_model(c, 26, "eager") for c in (config, {**config, key: value}))
+    plain, changed = (build_model(c, ARTIFACTS, "eager") for c in (config, {**config, key: value}))
     assert (repr(plain), plain.state_dict().keys()) != (repr(changed), changed.state_dict().keys())
-    assert build_model(config, 26, "eager")(torch.rand(2, 26), torch.randint(100, (2, 26))).shape == (2,)
+    assert build_model(config, ARTIFACTS, "eager")(torch.rand(2, 13), torch.randint(100, (2, 26))).shape == (2,)
 
 
 def test_a_model_that_cannot_be_built_is_an_error_of_the_users():
     with pytest.raises(UserError, match="model 'lr': choose one of dcnv2, autoint, ft"):
-        build_model({**CONFIG, "model": "lr"}, 13, "auto")
+        build_model({**CONFIG, "model": "lr"}, ARTIFACTS, "auto")
     with pytest.raises(UserError, match="model 'ft' cannot be built: pooling='mean'"):
-        build_model({**CONFIG, "model": "ft", "variant": "paper", "pooling": "mean"}, 13, "auto")
+        build_model({**CONFIG, "model": "ft", "variant": "paper", "pooling": "mean"}, ARTIFACTS, "auto")
 
 
 def test_another_model_is_refused_by_name(save, tmp_path):
@@ -131,10 +133,10 @@ from ctr_train.data.artifacts import Artifacts
 from ctr_train.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit then fails like a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-config = {config!r}
+config, artifacts = {config!r}, Artifacts.load(sys.argv[2])
 try:
-    save_checkpoint(sys.argv[1], model=build_model(config, 13, "eager"), optimizers=[], schedulers=[],
-                    loader_state={{}}, step=9, config=config, artifacts=Artifacts.load(sys.argv[2]), best=None)
+    save_checkpoint(sys.argv[1], model=build_model(config, artifacts, "eager"), optimizers=[], schedulers=[],
+                    loader_state={{}}, step=9, config=config, artifacts=artifacts, best=None)
 except UserError as error:
     print(error)
 """

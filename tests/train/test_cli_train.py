@@ -91,7 +91,7 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_result(finished, prepared
 def test_the_result_is_that_of_the_best_weights(finished, prepared):
     directory, _ = finished
     content = load_checkpoint(directory / "best.pt", "dcnv2")
-    model = build_model(content["config"], 13, "auto")
+    model = build_model(content["config"], Artifacts.load(prepared), "auto")
     model.load_state_dict(content["model"])
     report = gold_report(model, prepared, Artifacts.load(prepared), batch_size=64, device="cpu", precision="fp32")
     gold = read(directory / "gold.json")

@@ -18,8 +18,8 @@ def test_baseline_v1_is_the_studys():
     assert resolve_recipe("baseline-v1", "ft", {}) == {
         "epochs": 2, "steps_per_epoch": 2000, "batch_size": 4096, "lr": 1e-3, "weight_decay": 0.01,
         "embedding_lr": 0.01, "embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "embedding_dtype": "fp32",
-        "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "pooling": "cls", "variant": "study",
-        "tables": "shared", "numeric_tokens": None, "precision": "fp32", "eval_every": 0, "patience": 0,
+        "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "embedding_dropout": 0.0, "pooling": "cls",
+        "variant": "study", "tables": "shared", "numeric": None, "precision": "fp32", "eval_every": 0, "patience": 0,
     }
 
 

@@ -6,10 +6,23 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import read_json, write_json
-from .protocol import GOLD_ROWS, HASH_BINS, NUM_DENSE, PROTOCOL, PROTOCOL_VERSION, SPLIT_RULE, TRANSFORM, VALID_RATIO
+from .protocol import (
+    GOLD_ROWS,
+    HASH_BINS,
+    NUM_DENSE,
+    NUM_SPARSE,
+    PROTOCOL,
+    PROTOCOL_VERSION,
+    SPLIT_RULE,
+    TRANSFORM,
+    VALID_RATIO,
+)
+from .values import FILE as VALUES_FILE
+from .values import STATISTICS
 
 FILE = "artifacts.json"
-MODEL_FIELDS = ("protocol", "version", "hash_bins", "missing_indicator", "transform")  # what a model depends on
+# What a model depends on.
+MODEL_FIELDS = ("protocol", "version", "hash_bins", "missing_indicator", "transform", "min_count", "history")
 
 
 @dataclass
@@ -17,7 +30,9 @@ class Artifacts:
     """The record of a prepared directory.
 
     Attributes:
-        protocol, version, hash_bins, valid_ratio, gold_rows, missing_indicator: the settings.
+        protocol, version, hash_bins, valid_ratio, gold_rows, missing_indicator, split: the settings.
+        min_count: values of fewer training rows have their field's rare id; 1 keeps all.
+        history: whether each field has the statistics of `values.ValueCounts` behind the numeric features.
         transform, split_rule: the rules in words.
         counts, label_rate: rows and mean label of "train", "valid", "gold". The gold rows are the first validation
             rows and are in valid.arrow too; neither is ever in train.arrow.
@@ -27,6 +42,9 @@ class Artifacts:
         best_possible: split -> {"logloss", "auc"} of the true probabilities, for synthetic data; else None.
         fields: name -> {"missing": share of rows}, and for categorical fields {"distinct_ids", "distinct_values",
             "collisions"}; the last two are estimates.
+        numeric_edges: edges of the bins of each numeric feature, fitted to the training rows.
+        values: {"file", "ids", "rows", "clicks", "bytes", "sha256"} of the counts that min_count and history need
+            for other rows; empty without both.
     """
 
     protocol: str = PROTOCOL
@@ -35,6 +53,9 @@ class Artifacts:
     valid_ratio: float = VALID_RATIO
     gold_rows: int = GOLD_ROWS
     missing_indicator: bool = False
+    split: str = "hash"
+    min_count: int = 1
+    history: bool = False
     transform: str = TRANSFORM
     split_rule: str = SPLIT_RULE
     counts: dict[str, int] = field(default_factory=dict)
@@ -44,16 +65,36 @@ class Artifacts:
     skipped_lines: int = 0
     best_possible: dict[str, dict[str, float]] | None = None
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
+    numeric_edges: list[list[float]] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_numeric(self) -> int:
+        """Numeric features: 13, or 26 with missing indicators."""
+        return NUM_DENSE * (2 if self.missing_indicator else 1)
+
+    @property
+    def num_statistics(self) -> int:
+        """History features of each field: 2 or none."""
+        return STATISTICS if self.history else 0
 
     @property
     def num_dense(self) -> int:
-        """Width of the dense features: 13, or 26 with missing indicators."""
-        return NUM_DENSE * (2 if self.missing_indicator else 1)
+        """Width of the dense features: the numeric ones, then history."""
+        return self.num_numeric + self.num_statistics * NUM_SPARSE
+
+    @property
+    def counts_values(self) -> bool:
+        """Whether features depend on counts of values."""
+        return self.history or self.min_count > 1
 
     def differences(self, other: "Artifacts") -> list[str]:
         """What a model trained on these would find different in `other`, a phrase for each; empty if nothing."""
-        return [f"{name} is {getattr(self, name)!r} there and {getattr(other, name)!r} here" for name in MODEL_FIELDS
-                if getattr(self, name) != getattr(other, name)]
+        found = [f"{name} is {getattr(self, name)!r} there and {getattr(other, name)!r} here" for name in MODEL_FIELDS
+                 if getattr(self, name) != getattr(other, name)]
+        if not found and self.values.get("sha256") != other.values.get("sha256"):
+            found = [f"its counts of values ({VALUES_FILE}) are those of other training rows"]
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON content."""

@@ -12,7 +12,9 @@ import click
 from tqdm import tqdm
 
 from ..command import run_command
+from .artifacts import Artifacts
 from .inspect import inspect, report
+from .passes import passes
 from .prepare import SPLITS, prepare
 from .protocol import GOLD_ROWS, HASH_BINS, VALID_RATIO
 
@@ -48,16 +50,24 @@ def synth_command(rows: int, seed: int, out: Path) -> None:
 @click.option("--valid-ratio", type=float, default=VALID_RATIO, show_default=True, help="Share of validation lines.")
 @click.option("--gold-rows", type=int, default=GOLD_ROWS, show_default=True, help="First validation lines: gold.")
 @click.option("--missing-indicator", is_flag=True, help="13 more dense columns: 1 where the number is missing.")
+@click.option("--split", type=click.Choice(["hash", "tail"]), default="hash", show_default=True,
+              help="Validation lines: drawn from the line's index, or the last ones.")
+@click.option("--min-count", type=int, default=1, show_default=True,
+              help="Values of fewer training rows share their field's rare id.")
+@click.option("--history", is_flag=True, help="52 more dense columns: click rate and frequency of each value so far.")
 @click.option("--on-bad-line", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 def prepare_command(inputs: tuple[Path, ...], more: tuple[Path, ...], out: Path, hash_bins: int, valid_ratio: float,
-                    gold_rows: int, missing_indicator: bool, on_bad_line: str) -> None:
+                    gold_rows: int, missing_indicator: bool, split: str, min_count: int, history: bool,
+                    on_bad_line: str) -> None:
     """Raw labelled rows -> train, valid and gold under OUT; further files may follow the options: --input A B C."""
     files = [*inputs, *more]
     total = sum(os.path.getsize(file) for file in files if file.exists())
+    total *= passes(Artifacts(split=split, min_count=min_count, history=history))
     started = time.monotonic()
     with _meter(total, "B", "preparing") as advance:
         found = prepare(files, out, hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
-                        missing_indicator=missing_indicator, on_bad_line=on_bad_line,
+                        missing_indicator=missing_indicator, split=split, min_count=min_count, history=history,
+                        on_bad_line=on_bad_line,
                         progress=lambda lines, size: advance(size, lines))
     lines = sum(source["rows"] for source in found.sources)
     seconds = time.monotonic() - started

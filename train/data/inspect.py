@@ -27,8 +27,7 @@ def inspect(directory: Path | str) -> dict[str, Any]:
     found = artifacts.to_dict()
     for keys in _SHOWN:
         _check_entry(found, keys, directory)
-    for name in SPLITS:
-        expected = artifacts.outputs[name]
+    for expected in (*(artifacts.outputs[name] for name in SPLITS), *([artifacts.values] if artifacts.values else [])):
         path = Path(directory) / expected["file"]
         if not path.exists():
             raise UserError(f"{path} does not exist, though artifacts.json names it")
@@ -54,7 +53,8 @@ def report(found: dict[str, Any]) -> str:
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield (f"protocol {found['protocol']} version {found['version']}, {found['hash_bins']:,} hash bins, "
-           f"{'with' if found['missing_indicator'] else 'no'} missing indicators")
+           f"{'with' if found['missing_indicator'] else 'no'} missing indicators, split {found['split']}, min count "
+           f"{found['min_count']}, {'with' if found['history'] else 'no'} history")
     for source in found["sources"]:
         yield f"source {source['file']}: {source['rows']:,} lines, {source['bytes']:,} bytes"
     if found["skipped_lines"]:

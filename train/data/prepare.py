@@ -1,4 +1,4 @@
-"""`ctr-data prepare`: raw files to train, valid and gold as memory-mappable Arrow files, in one streaming pass."""
+"""`ctr-data prepare`: raw files to train, valid and gold as memory-mappable Arrow files, streaming."""
 
 import hashlib
 import os
@@ -13,8 +13,13 @@ import pyarrow as pa
 from ..errors import UserError
 from .artifacts import FILE, Artifacts
 from .counting import FieldCounts
-from .protocol import GOLD_ROWS, HASH_BINS, NUM_SPARSE, VALID_RATIO, is_validation
+from .edges import NumericEdges
+from .history import ValueFeatures
+from .passes import Rule, count_values, split_rule
+from .protocol import GOLD_ROWS, HASH_BINS, NUM_SPARSE, SPLIT_RULE, TAIL_RULE, VALID_RATIO
 from .raw import Progress, Source, dense_features, read_blocks
+from .values import FILE as VALUES_FILE
+from .values import ValueCounts
 
 SPLITS = ("train", "valid", "gold")
 BATCH_ROWS = 65_536  # rows of a record batch
@@ -94,6 +99,9 @@ def prepare(
     valid_ratio: float = VALID_RATIO,
     gold_rows: int = GOLD_ROWS,
     missing_indicator: bool = False,
+    split: str = "hash",
+    min_count: int = 1,
+    history: bool = False,
     on_bad_line: str = "error",
     progress: Progress | None = None,
 ) -> Artifacts:
@@ -107,14 +115,21 @@ def prepare(
         hash_bins: ids of a field, 1 to 2^31 - 1.
         valid_ratio: share of the lines that are validation, in [0, 1).
         missing_indicator: 13 more dense columns, 1 where the number is missing.
+        split: "hash", the protocol's rule, or "tail": validation lines are the last ones. "tail" reads the input once
+            more.
+        min_count: values of fewer training rows get their field's rare id; 1 keeps all. More than 1, and history, read
+            the input once more and keep values.arrow, which other rows need for the same features.
+        history: 52 more dense columns, click rate and frequency of each field's value before the row
+            (`values.ValueCounts`).
         on_bad_line: "error", or "skip": left out and counted; skipped lines still count for the split.
-        progress: called with (lines, bytes of the input files) as they are read.
+        progress: called with (lines, bytes of the input files) as they are read, on each of `passes.passes` passes.
 
     Raises UserError for unusable input, settings or `out`.
     """
-    _check_settings(inputs, hash_bins, valid_ratio, gold_rows)
     settings = Artifacts(hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
-                         missing_indicator=missing_indicator)
+                         missing_indicator=missing_indicator, split=split, min_count=min_count, history=history,
+                         split_rule=TAIL_RULE if split == "tail" else SPLIT_RULE)
+    _check_settings(inputs, settings)
     place = Path(out).resolve()  # "." and links have no name of their own to rename
     try:
         _check_out(place)
@@ -123,7 +138,11 @@ def prepare(
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     try:
-        _write_splits([Source(path) for path in inputs], settings, work, on_bad_line, progress)
+        rule = split_rule(inputs, settings, progress)
+        counts = count_values(inputs, settings, rule, on_bad_line, progress)
+        _write_splits([Source(path) for path in inputs], settings, work, on_bad_line, rule, counts, progress)
+        if counts is not None:
+            settings.values = counts.save(work)
         settings.save(work)
         _put_in_place(work, place)
     except OSError as error:
@@ -133,15 +152,19 @@ def prepare(
     return settings
 
 
-def _check_settings(inputs: Sequence[Path | str], hash_bins: int, valid_ratio: float, gold_rows: int) -> None:
+def _check_settings(inputs: Sequence[Path | str], settings: Artifacts) -> None:
     if not inputs:
         raise UserError("no input file is given")
-    if not 1 <= hash_bins <= MAX_HASH_BINS:
-        raise UserError(f"hash_bins={hash_bins} is outside 1 to {MAX_HASH_BINS}")
-    if not 0.0 <= valid_ratio < 1.0:
-        raise UserError(f"valid_ratio={valid_ratio} is outside [0, 1)")
-    if gold_rows < 1:
-        raise UserError(f"gold_rows={gold_rows}: at least 1 is needed")
+    if not 1 <= settings.hash_bins <= MAX_HASH_BINS:
+        raise UserError(f"hash_bins={settings.hash_bins} is outside 1 to {MAX_HASH_BINS}")
+    if not 0.0 <= settings.valid_ratio < 1.0:
+        raise UserError(f"valid_ratio={settings.valid_ratio} is outside [0, 1)")
+    if settings.gold_rows < 1:
+        raise UserError(f"gold_rows={settings.gold_rows}: at least 1 is needed")
+    if settings.min_count < 1:
+        raise UserError(f"min_count={settings.min_count}: at least 1 is needed")
+    if settings.split not in ("hash", "tail"):
+        raise UserError(f"split={settings.split!r}: choose hash or tail")
 
 
 def _check_out(out: Path) -> None:
@@ -149,7 +172,7 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out} is a file, not a directory")
     if out.exists() and (content := {path.name for path in out.iterdir()}):
         # A run directory has an artifacts.json too, and whatever lies here would go with the older data.
-        foreign = sorted(content - {FILE, *(f"{name}.arrow" for name in SPLITS)})
+        foreign = sorted(content - {FILE, VALUES_FILE, *(f"{name}.arrow" for name in SPLITS)})
         if foreign or FILE not in content:
             raise UserError(f"{out} holds something else than prepared data ({(foreign or sorted(content))[0]}); "
                             "choose another directory")
@@ -171,25 +194,29 @@ def _put_in_place(work: Path, out: Path) -> None:
             shutil.rmtree(old)
 
 
-def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str,
-                  progress: Progress | None) -> None:
+def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str, rule: Rule,
+                  values: ValueCounts | None, progress: Progress | None) -> None:
     """Fill the directory with the splits and `settings` with what was found."""
     writers: dict[str, SplitWriter] = {}
-    counts = FieldCounts(settings.hash_bins)
+    counts, edges = FieldCounts(settings.hash_bins), NumericEdges(settings.num_numeric)
+    features = ValueFeatures(settings, values)
     validation: list[tuple[np.ndarray, np.ndarray]] = []  # (line_index, label)
     try:
         for name in SPLITS:
             writers[name] = SplitWriter(directory / f"{name}.arrow", settings.num_dense)
         for block in read_blocks(sources, labelled=True, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
                                  seen=counts.add, progress=progress):
-            rows, in_valid = block.rows, is_validation(block.line_index, settings.valid_ratio)
+            rows, in_valid = block.rows, rule(block.line_index)
             train, valid = np.flatnonzero(~in_valid), np.flatnonzero(in_valid)
             settings.skipped_lines += block.skipped
             assert rows.label is not None  # labelled=True
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
-            held_out = [column.take(valid, axis=0) for column in columns]
+            label, dense, sparse = (column.take(train, axis=0) for column in columns)
+            edges.add(dense)
+            writers["train"].add(label, *features.of_training(label, dense, sparse))
+            label, dense, sparse = (column.take(valid, axis=0) for column in columns)
+            held_out = (label, *features.of_others(dense, sparse))
             gold = settings.gold_rows - writers["gold"].rows
-            writers["train"].add(*(column.take(train, axis=0) for column in columns))
             writers["valid"].add(*held_out)
             writers["gold"].add(*(column[:gold] for column in held_out))
             validation.append((block.line_index[valid], rows.label[valid]))
@@ -198,10 +225,11 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
         for writer in writers.values():
             writer.abandon()
     _check_rows(writers, settings, sources)
+    features.check_complete()
     settings.sources = [source.describe() for source in sources]
     settings.counts = {name: writer.rows for name, writer in writers.items()}
     settings.label_rate = {name: w.clicks / w.rows if w.rows else None for name, w in writers.items()}
-    settings.fields = counts.describe()
+    settings.fields, settings.numeric_edges = counts.describe(), edges.edges()
     settings.best_possible = _best_possible(sources, settings, validation)
 
 

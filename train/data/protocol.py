@@ -16,6 +16,7 @@ SPARSE_NAMES = tuple(f"C{i}" for i in range(1, NUM_SPARSE + 1))
 HASH_BINS, VALID_RATIO, GOLD_ROWS = 2_000_000, 0.05, 500_000
 TRANSFORM = "log1p(max(x, 0)), missing -> 0"
 SPLIT_RULE = "line i (from 0) is validation iff ((1103515245 * (i + 42) + 12345) mod 2^31) / 2^31 < valid_ratio"
+TAIL_RULE = "line i (from 0) of n is validation iff i >= n - floor(valid_ratio * n)"
 
 _OFFSET, _PRIME, _FIELD_SALT = 2166136261, np.uint32(16777619), 42
 
@@ -84,3 +85,12 @@ def is_validation(line_index: np.ndarray, valid_ratio: float = VALID_RATIO) -> n
     """
     draw = (1103515245 * (line_index.astype(np.int64) + 42) + 12345) & ((1 << 31) - 1)
     return draw / float(1 << 31) < valid_ratio
+
+
+def is_tail(line_index: np.ndarray, lines: int, valid_ratio: float) -> np.ndarray:
+    """Whether lines (index from 0 over all `lines` lines of all files) belong to the last share; bool of that shape.
+
+    >>> is_tail(np.arange(5), 5, 0.4).tolist()
+    [False, False, False, True, True]
+    """
+    return line_index >= lines - int(valid_ratio * lines)

@@ -17,7 +17,9 @@ import numpy as np
 
 from ..errors import UserError
 from .artifacts import Artifacts
+from .history import ValueFeatures
 from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
+from .values import ValueCounts
 
 BLOCK_BYTES = 1 << 19  # some 2,000 lines: larger arrays leave the cache and are mapped anew at each use
 KEPT_BYTES = 24 << 20  # below 32 MB, up to which glibc lets the threshold rise
@@ -201,6 +203,7 @@ def read_features(
     paths: Sequence[Path | str],
     *,
     settings: Artifacts,
+    counts: ValueCounts | None = None,
     labelled: bool | None = None,
     on_bad_line: str = "error",
     progress: Progress | None = None,
@@ -209,15 +212,16 @@ def read_features(
 
     Args:
         paths: files in order, plain or gzip.
-        settings: hash_bins and missing_indicator are used.
+        settings: hash_bins, missing_indicator, min_count and history are used.
+        counts: of the training rows that `settings` come from; needed for min_count and history.
         labelled: 40 columns (True) or 39 (False); None takes what the first line has.
         on_bad_line: "error" or "skip".
         progress: called with (lines, bytes of the files) as they are read.
 
     Raises UserError for a missing, empty or damaged file, and for a bad line unless they are skipped.
     """
-    sources = [Source(path) for path in paths]
+    sources, features = [Source(path) for path in paths], ValueFeatures(settings, counts)
     for block in read_blocks(sources, labelled=labelled, hash_bins=settings.hash_bins, on_bad_line=on_bad_line,
                              progress=progress):
-        yield RawFeatures(dense_features(block.rows, settings.missing_indicator), block.rows.sparse,
-                          block.rows.label, block.line_index)
+        dense, sparse = features.of_others(dense_features(block.rows, settings.missing_indicator), block.rows.sparse)
+        yield RawFeatures(dense, sparse, block.rows.label, block.line_index)

@@ -1,0 +1,106 @@
+"""Numeric features as tokens: one for all of them, or one each by an affine, periodic or piecewise-linear map."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+NUMERIC_MODES = ("token", "affine", "scaled", "periodic", "piecewise")
+FREQUENCIES, SIGMA = 16, 0.1  # of the periodic map
+
+
+def uniform_vectors(*shape: int) -> nn.Parameter:
+    """A parameter [..., dim] drawn from U(-1/sqrt(dim), 1/sqrt(dim)), as rtdl_revisiting_models draws its vectors."""
+    bound = shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+class PiecewiseLinear(nn.Module):
+    """Token j = sum_t p_jt W_jt + b_j, with p_jt the share of bin t that lies below x_j (Gorishniy et al. 2022, eq. 1).
+
+    Args:
+        edges: increasing edges of the bins of each feature; a list of fewer than two is a feature that never varied,
+            and its token is b_j whatever its value. Features may have different numbers of bins.
+        dim: width of a token.
+
+    forward: [B, features] -> [B, features, dim].
+
+    The edges are buffers, so that a checkpoint holds them.
+
+    NOTE the paper lets the first and the last bin go on beyond the edges; here a value beyond counts as the edge. A
+    number far outside what training saw, as heavy tails have them, cannot throw its token away.
+
+    >>> PiecewiseLinear([[0.0, 1.0, 2.0], [0.0, 5.0]], 8)(torch.rand(3, 2)).shape
+    torch.Size([3, 2, 8])
+    """
+
+    def __init__(self, edges: Sequence[Sequence[float]], dim: int) -> None:
+        super().__init__()
+        bins = max(1, *(len(of) - 1 for of in edges))
+        low, scale = torch.zeros(len(edges), bins), torch.zeros(len(edges), bins)
+        for j, of in enumerate(edges):
+            steps = torch.tensor(of, dtype=torch.float64).diff()
+            if (steps <= 0).any():
+                raise ValueError(f"numeric_edges[{j}]={list(of)!r} do not increase")
+            if len(of) > 1:
+                low[j, :len(of) - 1] = torch.tensor(of[:-1])
+                scale[j, :len(of) - 1] = 1.0 / steps
+        self.register_buffer("low", low)
+        self.register_buffer("scale", scale)  # 0 for bins that a feature does not have
+        self.weight = nn.Parameter(torch.randn(len(edges), bins, dim) * (0.3 * bins**-0.5))
+        self.bias = uniform_vectors(len(edges), dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, features] -> [B, features, dim]."""
+        shares = ((x.unsqueeze(-1) - self.low) * self.scale).clamp(0.0, 1.0)
+        return torch.einsum("bjt,jtd->bjd", shares, self.weight) + self.bias
+
+
+class Periodic(nn.Module):
+    """Token j = W_j [sin(2 pi c_j x_j), cos(2 pi c_j x_j)] + b_j, c_j learned (Gorishniy et al. 2022, eq. 2).
+
+    Args:
+        num_features, dim: number of features and width of a token.
+        frequencies: length of c_j.
+        sigma: standard deviation of the initial frequencies; the paper calls it the hyperparameter to tune.
+
+    forward: [B, num_features] -> [B, num_features, dim].
+
+    >>> Periodic(13, 8)(torch.rand(2, 13)).shape
+    torch.Size([2, 13, 8])
+    """
+
+    def __init__(self, num_features: int, dim: int, *, frequencies: int = FREQUENCIES, sigma: float = SIGMA) -> None:
+        super().__init__()
+        self.frequency = nn.Parameter(torch.randn(num_features, frequencies) * sigma)
+        self.weight = nn.Parameter(torch.randn(num_features, 2 * frequencies, dim) * (0.3 * frequencies**-0.5))
+        self.bias = uniform_vectors(num_features, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, num_features] -> [B, num_features, dim]."""
+        angle = (2.0 * torch.pi) * x.unsqueeze(-1) * self.frequency
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)
+        return torch.einsum("bjt,jtd->bjd", waves, self.weight) + self.bias
+
+
+class FieldHistory(nn.Module):
+    """What a field's token is told of its value's past: sum_s h_js w_js + b_j.
+
+    Args:
+        num_statistics, num_fields, dim: numbers for each field, fields, width of a token.
+
+    forward: [B, num_statistics * num_fields], statistic by statistic -> [B, num_fields, dim].
+
+    >>> FieldHistory(2, 26, 8)(torch.rand(3, 52)).shape
+    torch.Size([3, 26, 8])
+    """
+
+    def __init__(self, num_statistics: int, num_fields: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_statistics, num_fields, dim) * 0.1)
+        self.bias = uniform_vectors(num_fields, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, num_statistics * num_fields] -> [B, num_fields, dim]."""
+        statistics, fields, _ = self.weight.shape
+        return torch.einsum("bsj,sjd->bjd", x.unflatten(1, (statistics, fields)), self.weight) + self.bias

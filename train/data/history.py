@@ -1,0 +1,48 @@
+"""Features that depend on counts of values: rare ids and history, the same for prepared and for raw rows."""
+
+import numpy as np
+
+from ..errors import UserError
+from .artifacts import Artifacts
+from .values import ValueCounts
+
+
+class ValueFeatures:
+    """Rows as a model gets them: rare values under one id, history behind the numeric features, if asked for.
+
+    Args:
+        settings: min_count, history, hash_bins.
+        counts: of all training rows; None if `settings` asks for nothing that needs them.
+
+    Raises ValueError where counts are needed and not given.
+    """
+
+    def __init__(self, settings: Artifacts, counts: ValueCounts | None) -> None:
+        if settings.counts_values and counts is None:
+            raise ValueError(f"min_count={settings.min_count}, history={settings.history} need counts of values")
+        self._settings, self._counts = settings, counts
+        self._before = ValueCounts(settings.hash_bins) if settings.history else None
+
+    def of_training(self, label: np.ndarray, dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(dense, sparse) of the training rows that come next: their history is that of the ones before."""
+        history = self._before.ordered(sparse, label) if self._before is not None else None
+        return self._joined(dense, sparse, history)
+
+    def of_others(self, dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(dense, sparse) of any other rows: their history is all of the training rows'."""
+        history = self._counts.frozen(sparse) if self._settings.history else None
+        return self._joined(dense, sparse, history)
+
+    def check_complete(self) -> None:
+        """UserError unless the training rows were those that had been counted."""
+        if self._before is not None and not (np.array_equal(self._before.counts, self._counts.counts)
+                                             and np.array_equal(self._before.clicks, self._counts.clicks)):
+            raise UserError("the input changed while it was prepared: its training rows are others on the second pass")
+
+    def _joined(self, dense: np.ndarray, sparse: np.ndarray,
+                history: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if history is not None:
+            dense = np.concatenate([dense, history], axis=1)
+        if self._settings.min_count > 1:
+            sparse = self._counts.without_rare(sparse, self._settings.min_count)
+        return dense, sparse
