@@ -33,7 +33,7 @@ class AutoInt(CTRModel):
         numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
             "affine", "scaled", "periodic" or "piecewise" (one each, 39); see FeatureTokenizer. None means "token"
             (study), "scaled" (paper).
-        history, embedding_dropout: see FeatureTokenizer.
+        history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
@@ -62,6 +62,7 @@ class AutoInt(CTRModel):
         numeric: str | None = None,
         numeric_edges: Sequence[Sequence[float]] | None = None,
         history: int = 0,
+        history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         embedding_std: float = 0.01,
         kernels: str = "auto",
@@ -83,7 +84,8 @@ class AutoInt(CTRModel):
         check_positive(num_layers=num_layers, attention_dim=attention_dim)
         self.tokenizer = FeatureTokenizer(
             num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse,
-            dense=numeric, numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout,
+            dense=numeric, numeric_edges=numeric_edges, history=history, history_moments=history_moments,
+            embedding_dropout=embedding_dropout,
             tables=tables, std=embedding_std, kernels=kernels,
         )
         num_tokens = self.tokenizer.num_tokens

@@ -40,7 +40,7 @@ class DCNv2(CTRModel):
         numeric, numeric_edges: embed each numeric feature ("affine", "scaled", "periodic", "piecewise"; "token": all
             of them together) before the concatenation (39 * 16 = 624 for Criteo); see FeatureTokenizer. None leaves
             them, and the history, as they come.
-        history, embedding_dropout: see FeatureTokenizer.
+        history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
         kernels: "auto", "eager", "native" or "triton"; for the lookup and low-rank cross layers without experts.
 
@@ -72,6 +72,7 @@ class DCNv2(CTRModel):
         numeric: str | None = None,
         numeric_edges: Sequence[Sequence[float]] | None = None,
         history: int = 0,
+        history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         embedding_std: float = 0.01,
         kernels: str = "auto",
@@ -95,8 +96,8 @@ class DCNv2(CTRModel):
         if numeric is not None:
             self.tokenizer: FeatureTokenizer | None = FeatureTokenizer(
                 num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse, dense=numeric,
-                numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout, tables=tables,
-                std=embedding_std, kernels=kernels)
+                numeric_edges=numeric_edges, history=history, history_moments=history_moments,
+                embedding_dropout=embedding_dropout, tables=tables, std=embedding_std, kernels=kernels)
             width = dim * self.tokenizer.num_tokens
         else:
             if embedding_dropout:

@@ -33,7 +33,7 @@ class FTTransformer(CTRModel):
         numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
             "affine", "scaled", "periodic" or "piecewise" (one each, 39); see FeatureTokenizer. None means "token"
             (study), "affine" (paper).
-        history, embedding_dropout: see FeatureTokenizer.
+        history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings; None means 0.01 (study),
             1 / sqrt(3 dim) (paper: that of its uniform initialisation; drawn from a normal here).
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
@@ -63,6 +63,7 @@ class FTTransformer(CTRModel):
         numeric: str | None = None,
         numeric_edges: Sequence[Sequence[float]] | None = None,
         history: int = 0,
+        history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         embedding_std: float | None = None,
         kernels: str = "auto",
@@ -86,7 +87,8 @@ class FTTransformer(CTRModel):
         self.pooling = pooling
         self.tokenizer = FeatureTokenizer(
             num_embeddings=num_embeddings, dim=dim, num_dense=num_dense, num_sparse=num_sparse,
-            dense=numeric, numeric_edges=numeric_edges, history=history, embedding_dropout=embedding_dropout,
+            dense=numeric, numeric_edges=numeric_edges, history=history, history_moments=history_moments,
+            embedding_dropout=embedding_dropout,
             field_bias=paper, cls=pooling == "cls", tables=tables, std=embedding_std, kernels=kernels,
         )
         check_attention(dim, num_heads, self.tokenizer.num_tokens)

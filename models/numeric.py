@@ -84,23 +84,38 @@ class Periodic(nn.Module):
 
 
 class FieldHistory(nn.Module):
-    """What a field's token is told of its value's past: sum_s h_js w_js + b_j.
+    """What a field's token is told of its value's past: sum_s w_js (h_js - m_js) / d_js + b_j.
 
     Args:
         num_statistics, num_fields, dim: numbers for each field, fields, width of a token.
+        moments: means m and standard deviations d, two lists of num_statistics * num_fields; None means 0 and 1. A
+            column that never varied (d = 0) is left out.
 
     forward: [B, num_statistics * num_fields], statistic by statistic -> [B, num_fields, dim].
+
+    The moments are buffers, so that a checkpoint holds them.
 
     >>> FieldHistory(2, 26, 8)(torch.rand(3, 52)).shape
     torch.Size([3, 26, 8])
     """
 
-    def __init__(self, num_statistics: int, num_fields: int, dim: int) -> None:
+    def __init__(self, num_statistics: int, num_fields: int, dim: int,
+                 moments: Sequence[Sequence[float]] | None = None) -> None:
         super().__init__()
+        columns = num_statistics * num_fields
+        if moments is None:
+            moments = [0.0] * columns, [1.0] * columns
+        if [len(of) for of in moments] != [columns, columns]:
+            raise ValueError(f"history_moments has lists of {[len(of) for of in moments]} numbers; 2 lists of "
+                             f"{columns} are needed")
+        mean, deviation = torch.tensor(moments, dtype=torch.float32)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", torch.where(deviation > 0.0, 1.0 / deviation, 0.0))
         self.weight = nn.Parameter(torch.randn(num_statistics, num_fields, dim) * 0.1)
         self.bias = uniform_vectors(num_fields, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, num_statistics * num_fields] -> [B, num_fields, dim]."""
         statistics, fields, _ = self.weight.shape
-        return torch.einsum("bsj,sjd->bjd", x.unflatten(1, (statistics, fields)), self.weight) + self.bias
+        x = ((x - self.mean) * self.scale).unflatten(1, (statistics, fields))
+        return torch.einsum("bsj,sjd->bjd", x, self.weight) + self.bias

@@ -86,8 +86,8 @@ class FeatureTokenizer(nn.Module):
     Args:
         num_embeddings, dim, tables, std, kernels: see FieldEmbedding.
         num_dense, num_sparse: number of numeric features and of categorical fields.
-        history: statistics of each field's value (see FieldHistory), in the history * num_sparse columns of `dense`
-            behind the numeric features; they are added to the field's token.
+        history, history_moments: statistics of each field's value (see FieldHistory), in the history * num_sparse
+            columns of `dense` behind the numeric features; they are added to the field's token.
         embedding_dropout: probability of leaving a field's row out of its token in training, the others scaled up;
             the model then cannot lean on rows it has seen a few times only.
         numeric_edges: bins of each numeric feature, for dense="piecewise".
@@ -121,6 +121,7 @@ class FeatureTokenizer(nn.Module):
         dense: str = "token",
         numeric_edges: Sequence[Sequence[float]] | None = None,
         history: int = 0,
+        history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         field_bias: bool = False,
         cls: bool = False,
@@ -153,7 +154,7 @@ class FeatureTokenizer(nn.Module):
             self.dense_bias = uniform_vectors(num_dense, dim) if dense == "affine" else None
         self.field_bias = uniform_vectors(num_sparse, dim) if field_bias else None
         self.cls = uniform_vectors(dim) if cls else None
-        self.history = FieldHistory(history, num_sparse, dim) if history else None
+        self.history = FieldHistory(history, num_sparse, dim, history_moments) if history else None
         self.width = num_dense + history * num_sparse  # of `dense`
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:

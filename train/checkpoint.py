@@ -114,8 +114,8 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
         arguments["pooling"] = config["pooling"]
     try:
         model = MODELS[name](num_embeddings=artifacts.hash_bins, num_dense=artifacts.num_numeric,
-                             numeric_edges=artifacts.numeric_edges, history=artifacts.num_statistics, kernels=kernels,
-                             **arguments)
+                             numeric_edges=artifacts.numeric_edges, history=artifacts.num_statistics,
+                             history_moments=artifacts.history_moments or None, kernels=kernels, **arguments)
     except ValueError as error:
         raise UserError(f"model {name!r} cannot be built: {error}") from error
     if config["embedding_dtype"] != "fp32":

@@ -49,13 +49,15 @@ def test_periodic_tokens_equal_the_formula():
 
 def test_history_is_added_to_the_token_of_its_own_field(make_batch):
     dense, sparse = make_batch(3, num_dense=13 + 2 * 26)
-    tokenizer = FeatureTokenizer(num_embeddings=1000, dim=8, history=2)
+    moments = torch.rand(2, 52) + 0.5
+    tokenizer = FeatureTokenizer(num_embeddings=1000, dim=8, history=2, history_moments=moments.tolist())
+    past = (dense[:, 13:] - moments[0]) / moments[1]
     plain = tokenizer.embedding(sparse)
     tokens = tokenizer(dense, sparse)[:, 1:]
     weight, bias = tokenizer.history.weight, tokenizer.history.bias
     for field in range(26):
-        expected = (plain[:, field] + dense[:, 13 + field, None] * weight[0, field]
-                    + dense[:, 39 + field, None] * weight[1, field] + bias[field])
+        expected = (plain[:, field] + past[:, field, None] * weight[0, field]
+                    + past[:, 26 + field, None] * weight[1, field] + bias[field])
         torch.testing.assert_close(tokens[:, field], expected)
 
 
@@ -75,7 +77,7 @@ def test_embedding_dropout_drops_whole_rows_in_training_only(make_batch):
 @pytest.mark.parametrize("numeric", ["affine", "periodic", "piecewise"])
 def test_every_model_learns_from_its_numbers_and_history(make_batch, name, numeric):
     edges = [[0.0, 1.0, 2.0, 4.0]] * 13
-    model = MODELS[name](num_embeddings=1000, dim=16, num_layers=1, numeric=numeric, numeric_edges=edges, history=2)
+    model = MODELS[name](num_embeddings=1000, dim=32, num_layers=1, numeric=numeric, numeric_edges=edges, history=2)
     dense, sparse = make_batch(8, num_dense=13 + 2 * 26)
     dense.requires_grad_()
     model(dense, sparse).sum().backward()
@@ -92,6 +94,8 @@ def test_bad_settings_are_quoted():
         FTTransformer(num_embeddings=100, numeric="piecewise", numeric_edges=[[0.0, 1.0]] * 2)
     with pytest.raises(ValueError, match="history=-1 is negative"):
         FTTransformer(num_embeddings=100, history=-1)
+    with pytest.raises(ValueError, match=r"history_moments has lists of \[3\] numbers; 2 lists of 52"):
+        FTTransformer(num_embeddings=100, history=2, history_moments=[[0.0] * 3])
     with pytest.raises(ValueError, match="embedding_dropout=1.0 is outside"):
         FTTransformer(num_embeddings=100, embedding_dropout=1.0)
     with pytest.raises(ValueError, match="embedding_dropout=0.1 needs tokens"):

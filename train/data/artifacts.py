@@ -43,6 +43,7 @@ class Artifacts:
         fields: name -> {"missing": share of rows}, and for categorical fields {"distinct_ids", "distinct_values",
             "collisions"}; the last two are estimates.
         numeric_edges: edges of the bins of each numeric feature, fitted to the training rows.
+        history_moments: mean and standard deviation of each history feature over the training rows; empty without.
         values: {"file", "ids", "rows", "clicks", "bytes", "sha256"} of the counts that min_count and history need
             for other rows; empty without both.
     """
@@ -66,6 +67,7 @@ class Artifacts:
     best_possible: dict[str, dict[str, float]] | None = None
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     numeric_edges: list[list[float]] = field(default_factory=list)
+    history_moments: list[list[float]] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
 
     @property

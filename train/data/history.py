@@ -4,6 +4,7 @@ import numpy as np
 
 from ..errors import UserError
 from .artifacts import Artifacts
+from .protocol import NUM_SPARSE
 from .values import ValueCounts
 
 
@@ -22,16 +23,30 @@ class ValueFeatures:
             raise ValueError(f"min_count={settings.min_count}, history={settings.history} need counts of values")
         self._settings, self._counts = settings, counts
         self._before = ValueCounts(settings.hash_bins) if settings.history else None
+        self._rows, self._sums = 0, np.zeros((2, settings.num_statistics * NUM_SPARSE))  # of the history, and squared
 
     def of_training(self, label: np.ndarray, dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dense, sparse) of the training rows that come next: their history is that of the ones before."""
-        history = self._before.ordered(sparse, label) if self._before is not None else None
+        history = None
+        if self._before is not None:
+            history = self._before.ordered(sparse, label)
+            self._rows += len(history)
+            self._sums += history.sum(axis=0, dtype=np.float64), np.square(history, dtype=np.float64).sum(axis=0)
         return self._joined(dense, sparse, history)
 
     def of_others(self, dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dense, sparse) of any other rows: their history is all of the training rows'."""
         history = self._counts.frozen(sparse) if self._settings.history else None
         return self._joined(dense, sparse, history)
+
+    def moments(self) -> list[list[float]]:
+        """The entry `Artifacts.history_moments`."""
+        if self._before is None:
+            return []
+        mean, square = self._sums / self._rows
+        deviation = np.sqrt(np.maximum(square - mean * mean, 0.0))
+        # Rounded, because the last digits of sums depend on the blocks that the rows came in.
+        return [[float(f"{x:.6g}") for x in row] for row in (mean, deviation)]
 
     def check_complete(self) -> None:
         """UserError unless the training rows were those that had been counted."""

@@ -230,6 +230,7 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
     settings.counts = {name: writer.rows for name, writer in writers.items()}
     settings.label_rate = {name: w.clicks / w.rows if w.rows else None for name, w in writers.items()}
     settings.fields, settings.numeric_edges = counts.describe(), edges.edges()
+    settings.history_moments = features.moments()
     settings.best_possible = _best_possible(sources, settings, validation)
 
 

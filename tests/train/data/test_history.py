@@ -66,6 +66,9 @@ def test_history_and_rare_ids_of_every_row_as_one_row_at_a_time_gives_them(tmp_p
                 np.testing.assert_allclose(found[name].dense[i, :13], dense, rtol=1e-6)
                 kept = totals[sparse[field]] >= 12 or sparse[field] == 0
                 assert found[name].sparse[i, field] == (sparse[field] if kept else rare_ids(BINS)[field])
+    moments = Artifacts.load(tmp_path / "out").history_moments
+    np.testing.assert_allclose(moments[0], found["train"].dense[:, 13:].mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moments[1], found["train"].dense[:, 13:].std(axis=0), rtol=1e-4, atol=1e-5)
     assert {kept for field in (0, 7, 25) for kept in (found["train"].sparse[:, field] == rare_ids(BINS)[field])} == {
         True, False}  # both kinds came up
 
