@@ -33,6 +33,8 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen);
 void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> last,
                    Tensor ids, Tensor rows, int64_t rule, double lr, double weight_decay, double eps, double beta1,
                    double beta2, int64_t step, int64_t seed);
+bool parse_criteo(Tensor text, bool labelled, int64_t hash_bins, Tensor log1p, Tensor label, Tensor dense,
+                  Tensor dense_missing, Tensor sparse, Tensor values, Tensor sparse_missing);
 }  // namespace ctr
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CompositeExplicitAutograd, m) {
@@ -53,4 +55,5 @@ STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
   m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));
   m.impl("embedding_lookup", TORCH_BOX(&ctr::embedding_lookup));
   m.impl("sparse_update", TORCH_BOX(&ctr::sparse_update));
+  m.impl("parse_criteo", TORCH_BOX(&ctr::parse_criteo));
 }

@@ -28,6 +28,9 @@ LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids, bool widen) -> Tenso
 LIBRARY.define("sparse_update(Tensor(a!) weight, Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? last, Tensor ids, "
                "Tensor rows, int rule, float lr, float weight_decay, float eps, float beta1, float beta2, int step, "
                "int seed) -> ()")
+LIBRARY.define("parse_criteo(Tensor text, bool labelled, int hash_bins, Tensor log1p, Tensor(a!) label, "
+               "Tensor(b!) dense, Tensor(c!) dense_missing, Tensor(d!) sparse, Tensor(e!) values, "
+               "Tensor(f!) sparse_missing) -> bool")
 
 
 def _load_native() -> str | None:

@@ -4,6 +4,7 @@ A block is parsed optimistically: separators are found, counted and reshaped to 
 strings read by column position. Whatever does not fit is looked at again line by line, strictly, to name the line.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,9 +45,16 @@ class BadLine(ValueError):
         self.line, self.reason = line, reason
 
 
-def parse_block(text: bytes, *, labelled: bool, hash_bins: int) -> Block:
-    """Whole lines, each ended by a newline -> features. Raises BadLine for the first line that breaks the format."""
-    block = _parse(text, labelled, hash_bins)
+Parser = Callable[[bytes, bool, int], Block | None]  # (text, labelled, hash_bins); None: some line breaks the format
+
+
+def parse_block(text: bytes, *, labelled: bool, hash_bins: int, parser: Parser | None = None) -> Block:
+    """Whole lines, each ended by a newline -> features. Raises BadLine for the first line that breaks the format.
+
+    Args:
+        parser: one that does what `parse_arrays` does, which is the default.
+    """
+    block = (parser or parse_arrays)(text, labelled, hash_bins)
     if block is not None:
         return block
     for i, line in enumerate(text.split(b"\n")[:-1]):
@@ -90,7 +98,7 @@ def _shown(text: bytes) -> str:
     return repr(shown + ("..." if len(text) > _SHOWN else ""))
 
 
-def _parse(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
+def parse_arrays(text: bytes, labelled: bool, hash_bins: int) -> Block | None:
     """The features, or None where anything breaks the format. Within, arrays are [columns, n]: a field's are together.
     """
     columns = COLUMNS if labelled else COLUMNS - 1

@@ -58,7 +58,7 @@ def ids_of(state: np.ndarray, missing: np.ndarray, hash_bins: int) -> np.ndarray
 
 
 _SMALL = 1 << 16  # values below are looked up; most numbers of Criteo are counts far smaller
-_LOG1P = np.log1p(np.arange(_SMALL, dtype=np.float64)).astype(np.float32)
+LOG1P = np.log1p(np.arange(_SMALL, dtype=np.float64)).astype(np.float32)
 
 
 def transform_dense(values: np.ndarray) -> np.ndarray:
@@ -70,8 +70,8 @@ def transform_dense(values: np.ndarray) -> np.ndarray:
     if np.issubdtype(values.dtype, np.integer):
         positive = np.maximum(values, 0)
         if positive.max(initial=0) < _SMALL:
-            return _LOG1P[positive]
-        return np.where(positive < _SMALL, _LOG1P[np.minimum(positive, _SMALL - 1)],
+            return LOG1P[positive]
+        return np.where(positive < _SMALL, LOG1P[np.minimum(positive, _SMALL - 1)],
                         np.log1p(positive.astype(np.float64)).astype(np.float32))
     positive = np.maximum(np.nan_to_num(values.astype(np.float64), nan=0.0), 0.0)
     return np.log1p(positive).astype(np.float32)

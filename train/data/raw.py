@@ -18,12 +18,13 @@ import numpy as np
 from ..errors import UserError
 from .artifacts import Artifacts
 from .history import ValueFeatures
-from .parse import COLUMNS, BadLine, Block, good_lines, parse_block
+from .parse import COLUMNS, BadLine, Block, Parser, good_lines, parse_block
 from .values import ValueCounts
 
 BLOCK_BYTES = 1 << 19  # some 2,000 lines: larger arrays leave the cache and are mapped anew at each use
 KEPT_BYTES = 24 << 20  # below 32 MB, up to which glibc lets the threshold rise
 MAX_LINE_BYTES = 1 << 20
+LARGE_BYTES = 16 << 20  # of all files: what whole arrays parse within the second that it takes to import torch
 MAX_THREADS = 8  # each holds some 50 MB; the one thread that reads keeps no more of them busy
 GZIP_MAGIC = b"\x1f\x8b"
 Progress = Callable[[int, int], None]  # (lines, bytes of the files) since the last call
@@ -149,6 +150,7 @@ def read_blocks(
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(cpus, MAX_THREADS)
     first_line = 0  # of the file, counted over all files
+    parser = _parser(sources)
     # glibc keeps freed memory below a threshold that rises to the largest array freed so far (mallopt(3)). Without
     # this one, all threads return theirs to the kernel and fault it in anew block after block.
     np.empty(KEPT_BYTES, dtype=np.uint8)
@@ -161,7 +163,7 @@ def read_blocks(
                     if labelled is None:
                         labelled = text[:text.index(b"\n")].count(b"\t") + 1 != COLUMNS - 1
                     waiting.append(pool.submit(_parse, text, source.path, here, first_line + here, labelled,
-                                               hash_bins, on_bad_line, seen))
+                                               hash_bins, on_bad_line, seen, parser))
                     if progress is not None:
                         progress(source.lines - here, source.bytes_read - before)
                     before, here = source.bytes_read, source.lines
@@ -175,11 +177,20 @@ def read_blocks(
                 future.cancel()
 
 
-def _parse(text: bytes, path: Path, line: int, line_index: int, labelled: bool, hash_bins: int,
-           on_bad_line: str, seen: Callable[[Block], None] | None) -> ParsedBlock:
+def _parser(sources: Sequence[Source]) -> Parser | None:
+    """The native parser for large files, where it is built; None: the one in whole-array operations."""
+    if sum(source.path.stat().st_size for source in sources if source.path.exists()) < LARGE_BYTES:
+        return None
+    from .parse_native import native_parser
+
+    return native_parser()
+
+
+def _parse(text: bytes, path: Path, line: int, line_index: int, labelled: bool, hash_bins: int, on_bad_line: str,
+           seen: Callable[[Block], None] | None, parser: Parser | None) -> ParsedBlock:
     skipped = 0
     try:
-        rows = parse_block(text, labelled=labelled, hash_bins=hash_bins)
+        rows = parse_block(text, labelled=labelled, hash_bins=hash_bins, parser=parser)
         kept = np.arange(len(rows.sparse))
     except BadLine as bad:
         if on_bad_line == "error":
