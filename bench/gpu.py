@@ -34,6 +34,7 @@ BESIDE = {
     "racecheck": ((*CHECKS, "--group", "launches", "--tiny"), 150),
 }
 ALONE = {
+    "tuning": ((*CHECKS, "--group", "tuning"), 240),  # with --autotune alone
     "training": ((*CHECKS, "--group", "training"), 120),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
     "speed attention fp32": ((*SPEED, "--group", "attention", "--dtype", "fp32"), 75),
@@ -81,8 +82,10 @@ class Session:
             command += ["--rehearse"]
             command = [argument for argument in command if argument != "--tiny"]
         elif name in SANITIZERS:
-            command = [sanitizer(), "--tool", name, "--error-exitcode", "9", *command]
+            command = [sanitizer() or "compute-sanitizer", "--tool", name, "--error-exitcode", "9", *command]
             variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a stray access lands in memory that is cached
+        if name == "tuning":
+            variables["CTR_KERNELS_AUTOTUNE"] = "1"
         log = open(self.scratch / (name.replace(" ", "-") + ".log"), "w")  # noqa: SIM115 (the process writes to it)
         process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT,
                                    start_new_session=True)
@@ -104,8 +107,8 @@ class Session:
         part = {"status": status, "seconds": round(time.monotonic() - started, 1)}
         if found.exists():
             part["found"] = json.loads(found.read_text())
-        if status != "done" or name in SANITIZERS:
-            part["tail"] = text[-3000:]
+        if status != "done" or name in (*SANITIZERS, "tuning"):
+            part["tail"] = text[-6000:]
         self.add(name, part, text)
 
     def add(self, name: str, part: dict[str, Any], text: str = "") -> None:
@@ -202,9 +205,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter; no figures")
     parser.add_argument("--parts", default="", help=f"comma-separated, of: {', '.join(parts)}; default: all")
+    parser.add_argument("--autotune", action="store_true",
+                        help="only search launch configurations; gpu.log has the lines for the tables")
     parser.add_argument("--seconds", type=float, default=570.0, help="of the whole call")
     options = parser.parse_args()
-    wanted = [name.strip() for name in options.parts.split(",") if name.strip()] or parts
+    default = ["tuning"] if options.autotune else [name for name in parts if name != "tuning"]
+    wanted = [name.strip() for name in options.parts.split(",") if name.strip()] or default
     unknown = [name for name in wanted if name not in parts]
     if unknown:
         parser.error(f"--parts {unknown[0]}: choose of {', '.join(parts)}")
