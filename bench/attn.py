@@ -64,7 +64,7 @@ def providers(heads: int) -> dict[str, Attention]:
     }
 
 
-def measure(s: Settings, floors: Floors, seconds: float) -> list[Row]:
+def measure(s: Settings, floors: Floors) -> list[Row]:
     """Forward, and forward + backward, of one size. The floor counts q, k, v, out (and gradients) once each."""
     qkv = torch.randn(s.batch, s.fields, 3 * s.dim, device=s.device).to(s.dtype)
     grad = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
@@ -82,7 +82,7 @@ def measure(s: Settings, floors: Floors, seconds: float) -> list[Row]:
             exact = forward_backward(everyone["eager"], [qkv.double()], grad.double())
             work, traffic = 3.5 * flops, 12 * tensor
         rows += compare(functions, kernel="field_attention", mode=mode, x=s.shape, device=s.device, flops=work,
-                        num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(), seconds=seconds)
+                        num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(), **s.budget)
     return rows
 
 
@@ -91,7 +91,7 @@ def measure(s: Settings, floors: Floors, seconds: float) -> list[Row]:
 def main(settings: Settings) -> None:
     """Time attention, forward and forward + backward, from one q | k | v projection."""
     floors = measure_floors(settings.device, settings.dtype)
-    rows = [row for point in settings.points() for row in measure(point, floors, 6.0 if point.sweep else 20.0)]
+    rows = [row for point in settings.points() for row in measure(point, floors)]
     settings.finish(rows, floors)
 
 

@@ -25,7 +25,7 @@ def providers() -> dict[str, Network]:
     return {"ours": ffn, "eager": eager, **compiled(eager)}
 
 
-def measure(s: Settings, hidden: int, floors: Floors, seconds: float) -> list[Row]:
+def measure(s: Settings, hidden: int, floors: Floors) -> list[Row]:
     """Forward, and forward + backward, of one size. The floor of the latter is three times the forward's FLOP: the
     recomputation of the hidden is not part of it."""
     sizes = [(s.batch, s.fields, s.dim), (hidden, s.dim), (hidden,), (s.dim, hidden), (s.dim,)]
@@ -47,7 +47,7 @@ def measure(s: Settings, hidden: int, floors: Floors, seconds: float) -> list[Ro
             exact, work, traffic = forward_backward(everyone["eager"], wide, grad.double()), 3 * flops, 5 * tensor
         rows += compare(functions, kernel="ffn", mode=mode, x=f"{s.shape} hidden={hidden}", device=s.device,
                         flops=work, num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(),
-                        seconds=seconds)
+                        **s.budget)
     return rows
 
 
@@ -57,8 +57,7 @@ def measure(s: Settings, hidden: int, floors: Floors, seconds: float) -> list[Ro
 def main(settings: Settings, hidden: int | None) -> None:
     """Time the FFN, forward and forward + backward."""
     floors = measure_floors(settings.device, settings.dtype)
-    rows = [row for point in settings.points()
-            for row in measure(point, hidden or 4 * point.dim, floors, 6.0 if point.sweep else 20.0)]
+    rows = [row for point in settings.points() for row in measure(point, hidden or 4 * point.dim, floors)]
     settings.finish(rows, floors)
 
 

@@ -57,7 +57,7 @@ def providers(s: Settings, ffn_dim: int, mode: str) -> tuple[dict[str, Layer], d
     return layers, {name: modules.get(name, encoder if name.startswith(ENCODER) else eager) for name in layers}
 
 
-def measure(s: Settings, ffn_dim: int, floors: Floors, seconds: float) -> list[Row]:
+def measure(s: Settings, ffn_dim: int, floors: Floors) -> list[Row]:
     """Forward (eval), and forward + backward, of one size. The floor counts the layer's input and output (and their
     gradients), and three times the forward's FLOP for both directions."""
     x = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
@@ -81,7 +81,7 @@ def measure(s: Settings, ffn_dim: int, floors: Floors, seconds: float) -> list[R
             work, traffic = 3 * flops, 5 * tensor
         rows += compare(functions, kernel="layer", mode=mode, x=f"{s.shape} hidden={ffn_dim}", device=s.device,
                         flops=work, num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(),
-                        seconds=seconds)
+                        **s.budget)
     return rows
 
 
@@ -91,8 +91,7 @@ def measure(s: Settings, ffn_dim: int, floors: Floors, seconds: float) -> list[R
 def main(settings: Settings, hidden: int | None) -> None:
     """Time a whole transformer layer, forward (as in inference) and forward + backward, without dropout."""
     floors = measure_floors(settings.device, settings.dtype)
-    rows = [row for point in settings.points()
-            for row in measure(point, hidden or 4 * point.dim, floors, 8.0 if point.sweep else 25.0)]
+    rows = [row for point in settings.points() for row in measure(point, hidden or 4 * point.dim, floors)]
     settings.finish(rows, floors)
 
 

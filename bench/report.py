@@ -69,7 +69,8 @@ def _summary_of(name: str, results: Results) -> str:
                                                                 "Embedding dense + Adagrad")), None)
         lines.append(f"| {label} | {ours.p50:,.1f} ms{rate} | {_ratio(best)} | {best.provider if best else ''} "
                      f"| {_ratio(plain)} |")
-    return "\n".join(lines) + "\n"
+    picture = f"![Time of every rival, by operation](docs/pictures/{name}-times.png)"
+    return "\n".join([*lines, "", picture]) + "\n"
 
 
 def _split(rows: list[Row]) -> tuple[Row | None, list[Row]]:
@@ -124,7 +125,7 @@ def draw(name: str, results: Results) -> None:
     from common.plots import draw_bars, draw_stacks, draw_sweep
 
     measured = {label: part(results, *which) for label, *which in SUMMARY}
-    about = f"{_machine(results)}; B=4096, F=27, D=64, H=4"
+    about = _machine(results)
     if any(measured.values()):
         draw_bars({label: rows for label, rows in measured.items() if rows}, about, PICTURES / f"{name}-times.png")
     if "memory" in results:

@@ -136,7 +136,7 @@ def expected(mode: str, weight: torch.Tensor, ids: torch.Tensor, grad: torch.Ten
     return weight[distinct].double() - LR * g / size
 
 
-def measure(s: Settings, num_rows: int, kind: str, floors: Floors, seconds: float) -> list[Row]:
+def measure(s: Settings, num_rows: int, kind: str, floors: Floors) -> list[Row]:
     """One distribution of ids. The floor: each gathered row read and written, its gradient read, and each distinct
     row of the table read and written."""
     weight = torch.randn(num_rows, s.dim, device=s.device) * 0.01
@@ -166,7 +166,7 @@ def measure(s: Settings, num_rows: int, kind: str, floors: Floors, seconds: floa
 
         timed = compare({name: built(name) for name in group if name in chosen}, kernel="sparse_update", mode=mode,
                         x=f"B={s.batch} K={FIELDS} D={s.dim} rows={num_rows:,} {kind}", device=s.device,
-                        num_bytes=traffic, floors=floors, seconds=seconds)
+                        num_bytes=traffic, floors=floors, **{"seconds": 8.0, **s.budget})
         for row in timed:
             row.fp64_error = errors.get(row.provider)
         rows += timed
@@ -182,7 +182,7 @@ def main(settings: Settings, num_rows: int) -> None:
         raise click.BadParameter("a row has 26 ids here; only the batch can be swept", param_hint="--sweep")
     floors = measure_floors(settings.device)
     rows = [row for point in settings.points() for kind in IDS
-            for row in measure(point, num_rows, kind, floors, 4.0 if point.sweep else 8.0)]
+            for row in measure(point, num_rows, kind, floors)]
     settings.finish(rows, floors)
 
 

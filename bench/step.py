@@ -15,7 +15,7 @@ PROVIDERS = {"ours": ("auto", "rows", False), "eager": ("eager", "rows", False),
 FLOPS = {"ft": 70e9, "autoint": 44e9}  # of a step at B=4096, F=27, D=64; DCNv2's is bound by memory
 
 
-def measure(s: Settings, name: str, floors: Floors, seconds: float) -> list[Row]:
+def measure(s: Settings, name: str, floors: Floors) -> list[Row]:
     """The providers' steps of one model, each with a table of its own."""
     batch = random_batch(s.batch, s.device)
     functions = {}
@@ -25,7 +25,7 @@ def measure(s: Settings, name: str, floors: Floors, seconds: float) -> list[Row]
         functions[provider] = training_step(model, optimizers_of(model, tables, kernels), compiled, batch, s.dtype)
     return compare(functions, kernel=f"step {name}", mode="training step", x=f"B={s.batch} {s.precision}",
                    device=s.device, flops=FLOPS.get(name, 0.0) * s.batch / 4096, floors=floors, samples=s.batch,
-                   rounds=15, seconds=seconds)
+                   rounds=15, **s.budget)
 
 
 @click.command()
@@ -43,7 +43,7 @@ def main(settings: Settings, models: str) -> None:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(MODELS)}", param_hint="--models")
     floors = measure_floors(settings.device, settings.dtype)
     rows = [row for point in settings.points() for name in names
-            for row in measure(point, name, floors, 10.0 if point.sweep else 25.0)]
+            for row in measure(point, name, floors)]
     settings.finish(rows, floors)
 
 

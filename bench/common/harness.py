@@ -139,6 +139,7 @@ def compare(
     exact: Sequence[torch.Tensor] = (),
     rounds: int = 50,
     seconds: float = 20.0,
+    warmup: int = 3,
 ) -> list[Row]:
     """Time each provider against the first, then take the peak memory and the error of one more call of each.
 
@@ -148,10 +149,11 @@ def compare(
         flops, num_bytes: work of a call as the floor counts it, the same for every provider; 0 if not known.
         samples: rows of the batch, for rows/s.
         exact: what the functions return, computed in fp64; () for no comparison.
-        rounds, seconds: see `measure_pairs`.
+        rounds, seconds, warmup: see `measure_pairs`.
     """
     rows = []
-    for name, timing in measure_pairs(functions, device=device, rounds=rounds, seconds=seconds).items():
+    timings = measure_pairs(functions, device=device, rounds=rounds, seconds=seconds, warmup=warmup)
+    for name, timing in timings.items():
         row = time_row(name, timing, kernel=kernel, mode=mode, x=x, flops=flops, num_bytes=num_bytes, floors=floors,
                        samples=samples, device=device)
         if not timing.note:

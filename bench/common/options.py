@@ -77,6 +77,11 @@ class Settings:
             return ("forward",)
         return ("forward+backward",) if self.sweep else ("forward", "forward+backward")
 
+    @property
+    def budget(self) -> dict[str, Any]:
+        """Of `compare`: a point of a sweep takes a few seconds, else a measurement takes twenty."""
+        return {"seconds": 5.0, "warmup": 1} if self.sweep else {}
+
     def finish(self, rows: Sequence[Row], floors: Floors | None = None) -> None:
         """Print the table, and write --json, --csv and --plot where they were asked for."""
         machine = Machine.of(self.device, *((floors.gflops, floors.gbps) if floors else ()))
