@@ -34,6 +34,9 @@ class PiecewiseLinear(nn.Module):
     torch.Size([3, 2, 8])
     """
 
+    low: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, edges: Sequence[Sequence[float]], dim: int) -> None:
         super().__init__()
         bins = max(1, *(len(of) - 1 for of in edges))
@@ -98,6 +101,9 @@ class FieldHistory(nn.Module):
     >>> FieldHistory(2, 26, 8)(torch.rand(3, 52)).shape
     torch.Size([3, 26, 8])
     """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, num_statistics: int, num_fields: int, dim: int,
                  moments: Sequence[Sequence[float]] | None = None) -> None:

@@ -146,8 +146,9 @@ class FeatureTokenizer(nn.Module):
         if dense == "token":
             self.dense_token = nn.Linear(num_dense, dim)
         elif dense == "periodic":
-            self.numeric = Periodic(num_dense, dim)
+            self.numeric: nn.Module = Periodic(num_dense, dim)
         elif dense == "piecewise":
+            assert numeric_edges is not None
             self.numeric = PiecewiseLinear(numeric_edges, dim)
         else:
             self.dense_weight = uniform_vectors(num_dense, dim)

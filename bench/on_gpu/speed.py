@@ -21,6 +21,7 @@ import step
 from common.harness import Floors, Row, forward, forward_backward, measure_floors, measure_pairs, time_row
 from common.options import DTYPES, Settings
 from common.records import Machine, write_json
+from common.training import WEIGHT_DECAY
 
 from ctr_models import MODELS
 from ctr_train.command import run_command
@@ -125,7 +126,7 @@ def row_updates(s: Settings) -> Iterator[Group]:
     for kind in sparse_update.IDS:
         batches = sparse_update.ids_of(kind, num_rows, s.batch, s.device)
         traffic = 4.0 * s.dim * (3 * batches[0].numel() + 2 * len(batches[0].unique()))
-        for mode in (sparse_update.SGD, sparse_update.ADAGRAD):
+        for mode in ("SGD", "rowwise Adagrad"):
             providers = sparse_update.PROVIDERS[mode]
             yield Group("sparse_update", mode, f"B={s.batch} {kind}",
                         {name: built(provider, weight, batches[:1], grad) for name, provider in providers.items()},
@@ -159,7 +160,7 @@ def training_step(s: Settings) -> Iterator[Group]:
     def ours(graph: bool) -> Function:
         model, optimizers = fresh("auto"), []
         optimizers += make_optimizers(model, embedding_optimizer="sgd", embedding_lr=0.01, lr=1e-3,
-                                      weight_decay=step.DECAY, kernels="auto")
+                                      weight_decay=WEIGHT_DECAY, kernels="auto")
 
         def plain(batch: Batch) -> torch.Tensor:
             return update(model, optimizers, batch, precision=precision)

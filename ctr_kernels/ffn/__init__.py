@@ -46,9 +46,10 @@ def ffn(
     mask_seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, x.device, "ffn", x.dtype)
     if backend == "triton":
-        from .triton import ffn_triton as run
-    else:
-        run = ffn_native if backend == "native" else ffn_reference
+        from .triton import ffn_triton
+
+        return ffn_triton(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
+    run = ffn_native if backend == "native" else ffn_reference
     return run(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
 
 

@@ -62,10 +62,10 @@ def _check(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_w
     named = {"dense": (dense, (batch, dense.shape[1])), "dense_weight": (dense_weight, (dim, dense.shape[1])),
              "dense_bias": (dense_bias, (dim,)), "cls": (cls, (dim,)), "field_bias": (field_bias, (fields, dim))}
     given = {name: (tensor, shape) for name, (tensor, shape) in named.items() if tensor is not None}
-    for name, (tensor, shape) in given.items():
-        if tuple(tensor.shape) != shape:
+    for name, (tensor, expected) in given.items():
+        if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with ids {tuple(ids.shape)} and weight "
-                             f"{tuple(weight.shape)} it must be {shape}")
+                             f"{tuple(weight.shape)} it must be {expected}")
     same_float({"weight": weight, **{name: tensor for name, (tensor, _) in given.items()}})
     if ids.device != weight.device:
         raise ValueError(f"ids are on {ids.device}, weight is on {weight.device}")

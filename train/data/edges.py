@@ -30,7 +30,7 @@ class NumericEdges:
 
         A feature that never varied has one edge, and one without any row has none.
         """
-        found = []
+        found: list[list[float]] = []
         for counts, lowest in zip(self._counts, self._lowest, strict=True):
             seen = np.flatnonzero(counts)
             below = np.cumsum(counts[seen])

@@ -36,7 +36,7 @@ class ValueFeatures:
 
     def of_others(self, dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dense, sparse) of any other rows: their history is all of the training rows'."""
-        history = self._counts.frozen(sparse) if self._settings.history else None
+        history = self._counts.frozen(sparse) if self._settings.history and self._counts else None
         return self._joined(dense, sparse, history)
 
     def moments(self) -> list[list[float]]:
@@ -50,14 +50,14 @@ class ValueFeatures:
 
     def check_complete(self) -> None:
         """UserError unless the training rows were those that had been counted."""
-        if self._before is not None and not (np.array_equal(self._before.counts, self._counts.counts)
-                                             and np.array_equal(self._before.clicks, self._counts.clicks)):
+        now, then = self._before, self._counts
+        if now and then and not (np.array_equal(now.counts, then.counts) and np.array_equal(now.clicks, then.clicks)):
             raise UserError("the input changed while it was prepared: its training rows are others on the second pass")
 
     def _joined(self, dense: np.ndarray, sparse: np.ndarray,
                 history: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if history is not None:
             dense = np.concatenate([dense, history], axis=1)
-        if self._settings.min_count > 1:
+        if self._settings.min_count > 1 and self._counts:
             sparse = self._counts.without_rare(sparse, self._settings.min_count)
         return dense, sparse

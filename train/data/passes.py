@@ -42,5 +42,6 @@ def count_values(inputs: Sequence[Path | str], settings: Artifacts, rule: Rule, 
     for block in read_blocks([Source(path) for path in inputs], labelled=True, hash_bins=settings.hash_bins,
                              on_bad_line=on_bad_line, progress=progress):
         train = np.flatnonzero(~rule(block.line_index))
+        assert block.rows.label is not None  # labelled=True
         counts.add(block.rows.sparse.take(train, axis=0), block.rows.label[train])
     return counts
