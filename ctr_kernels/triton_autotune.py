@@ -9,14 +9,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 Choice = TypeVar("Choice")
-_chosen: dict[Hashable, object] = {}
+_chosen: dict[Hashable, Any] = {}
 
 
 def launch_choice(key: Hashable, default: Choice, candidates: Iterable[Choice], run: Callable[[Choice], object],
@@ -49,7 +50,7 @@ def _search(key: Hashable, default: Choice, candidates: Iterable[Choice], run: C
     times = {}
     for choice in dict.fromkeys((default, *candidates)):
         try:
-            times[choice] = timer(lambda choice=choice: run(choice))
+            times[choice] = timer(partial(run, choice))
         except OutOfResources:
             times[choice] = math.inf
     best = min(times, key=times.__getitem__)

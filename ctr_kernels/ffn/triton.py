@@ -50,7 +50,7 @@ MAX_HIDDEN = 2**21  # offsets into the weights and their partial sums, up to 2^2
 Tensor = torch.Tensor
 
 
-def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Tensor | None, ...], hidden: int,
+def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Any, ...], hidden: int,
             settings: tuple[int, float, int, float], precision: str, **constants: int) -> None:
     """Run `programs` programs; the first tensor is [tokens, D], settings are those of the operators."""
     (tokens, dim), (norm, eps, activation, dropout_p) = tensors[0].shape, settings
@@ -187,19 +187,30 @@ no_double_backward("ctr::ffn_triton_grad_weights")
 
 
 def ffn_triton(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, dropout_p: float,
-               seed: Tensor | None, norm: str | None = None, layer_norm: torch.nn.LayerNorm | None = None) -> Tensor:
-    """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps.
+               seed: Tensor | None) -> Tensor:
+    """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps."""
+    return _apply(x, w1, b1, w2, b2, (None, None, NORMS[None], 0.0), activation, dropout_p, seed)
 
-    norm: None is ffn(x), "pre" is x + ffn(LN(x)), "post" is LN(x + ffn(x)), which also keeps x + ffn(x). The products
-    are computed in the dtype of the weights, norm and sum in fp32; x and the result may be of another dtype.
+
+def ffn_block_triton(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm: str,
+                     layer_norm: torch.nn.LayerNorm, activation: str, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x + ffn(LN(x)) of norm "pre", LN(x + ffn(x)) of "post", which also keeps x + ffn(x): [..., D] -> [..., D].
+
+    The products are computed in the dtype of the weights, norm and sum in fp32; x and the result may have another.
     """
+    norms = layer_norm.weight, layer_norm.bias, NORMS[norm], layer_norm.eps
+    return _apply(x, w1, b1, w2, b2, norms, activation, dropout_p, seed)
+
+
+def _apply(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+           norms: tuple[Tensor | None, Tensor | None, int, float], activation: str, dropout_p: float,
+           seed: Tensor | None) -> Tensor:
     dim = x.shape[-1]
     if dim > MAX_DIM:
         raise ValueError(f"D={dim}; kernels='triton' takes up to {MAX_DIM}, kernels='eager' any")
     if len(w1) > MAX_HIDDEN:
         raise ValueError(f"hidden={len(w1)}; kernels='triton' takes up to {MAX_HIDDEN}, kernels='eager' any")
-    tensors = [t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2)]
-    norms = (None, None, 0, 0.0) if norm is None else (layer_norm.weight, layer_norm.bias, NORMS[norm], layer_norm.eps)
+    tensors = (t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2))
     index = list(ACTIVATIONS).index(activation)
     return torch.ops.ctr.ffn_triton(*tensors, *norms, index, dropout_p, seed)[0].view(x.shape)
 
@@ -222,8 +233,8 @@ def aot_specs() -> list[Spec]:
         for (kernel, tile, extra), (norm, index) in itertools.product(launches, NORMS.items()):
             if norm and (wide or (kernel is weight_kernel and norm == "post")):
                 continue
-            absent = ("norm_weight", "norm_bias") if norm is None else ()
-            absent += ("z",) if norm != "post" and kernel is token_kernel else ()
+            absent = ["norm_weight", "norm_bias"] if norm is None else []
+            absent += ["z"] if norm != "post" and kernel is token_kernel else []
             constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "NORM": index} | extra
             constexprs |= dict.fromkeys(absent)
             signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}

@@ -60,9 +60,10 @@ class TransformerLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, F, D] -> [B, F, D]."""
         if resolve(self.kernels, x.device, "field_attention", x.dtype) == "triton":
-            from .triton import layer_triton
+            from .triton import MAX_DIM, layer_triton
 
-            return layer_triton(self, x)
+            if x.shape[-1] <= MAX_DIM:
+                return layer_triton(self, x)
         if self.norm == "pre":
             x = x + self._attention(self.attention_norm(x))
             return x + self._ffn(self.ffn_norm(x))

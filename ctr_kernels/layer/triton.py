@@ -24,12 +24,12 @@ from ..attention import _check as check_attention
 from ..attention.triton import _backward as attention_backward
 from ..attention.triton import _forward as attention_forward
 from ..checks import autocast, same_float
-from ..ffn.triton import MAX_DIM, ffn_triton
+from ..ffn.triton import ffn_block_triton
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
 from ..triton_autotune import launch_choice
 from ..triton_norm import NORMS
-from ..triton_support import Spec, architecture, capability, input_precision, register
+from ..triton_support import CAPABILITIES, Spec, architecture, capability, input_precision, register
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
 
 if TYPE_CHECKING:
@@ -46,25 +46,26 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Forward, token and weight kernel, by arithmetic ("half": fp16 and bf16), whether D exceeds 64, and architecture.
-TILES: dict[tuple[str, bool, int], tuple[Tile, Tile, Tile]] = {
-    (arithmetic, wide, cc): (Tile(64, 128 if wide else 64, 8), Tile(64, 128 if wide else 64, 8), Tile(32, 64, 8))
-    for arithmetic in ("half", "tf32", "tf32x3") for wide in (False, True) for cc in (80, 90, 100)
+# Forward, token and weight kernel, by arithmetic ("half": fp16 and bf16) and architecture.
+TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile]] = {
+    (arithmetic, cc): (Tile(64, 64, 8), Tile(64, 64, 8), Tile(32, 64, 8))
+    for arithmetic in ("half", "tf32", "tf32x3") for cc in CAPABILITIES
 }
+MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multiprocessor
 
 
 CANDIDATES = [Tile(*shape) for shape in itertools.product((32, 64, 128), (64, 128), (4, 8))]  # of a search
 
 
-def _table_key(dim: int, dtype: torch.dtype, cc: int) -> tuple[str, bool, int]:
-    """The row of TILES for D = dim on sm_<cc>."""
-    return input_precision(dtype) if dtype == torch.float32 else "half", dim > 64, architecture(cc)
+def _table_key(dtype: torch.dtype, cc: int) -> tuple[str, int]:
+    """The row of TILES on sm_<cc>."""
+    return input_precision(dtype) if dtype == torch.float32 else "half", architecture(cc)
 
 
 def _choice(position: int, weight: Tensor, norm: int, run: Callable[[Tile], object]) -> Tile:
     """The launch configuration of the position-th kernel for a weight [N, D]."""
-    outputs, dim = weight.shape
-    key = _table_key(dim, weight.dtype, capability(weight.device))
+    outputs = len(weight)
+    key = _table_key(weight.dtype, capability(weight.device))
     label = (("forward", "token", "weight")[position], *key, f"outputs {outputs} norm {norm}")
     whole_rows = [tile for tile in CANDIDATES if norm != NORMS["post"] or tile.outputs >= outputs]
     return launch_choice(label, TILES[key][position], whole_rows, run)
@@ -81,10 +82,10 @@ def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Tensor | None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: tuple[Tensor, Tensor] | None,
-            mode: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """[LN](x) W^T + b [+ residual], or LN of that and that: [tokens, N] each, in `dtype`."""
+            mode: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[LN](x) W^T + b [+ residual], or LN of that and that ("post", else empty): [tokens, N], in `dtype`."""
     y = x.new_empty(len(x), len(weight), dtype=dtype)
-    z = torch.empty_like(y) if mode == NORMS["post"] else None
+    z = torch.empty_like(y) if mode == NORMS["post"] else y.new_empty(0)
 
     def run(tile: Tile) -> None:
         _launch(forward_kernel, tile, triton.cdiv(len(x), tile.tokens),
@@ -97,18 +98,19 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, no
 
 def _linear_grad_x(dy: Tensor, inner: Tensor | None, residual: Tensor | None, weight: Tensor,
                    norm_weight: Tensor | None, mode: int, eps: float,
-                   dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dX [tokens, D] in `dtype`, dZ of "post", and the gradients of norm_weight and norm_bias [2, D] in fp32."""
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """dX [tokens, D] in `dtype`, dZ of "post", and the gradients of the norm [2, D] in fp32, empty without one."""
     dx = dy.new_empty(len(dy), weight.shape[1], dtype=dtype)
-    dz = torch.empty_like(dy) if mode == NORMS["post"] else None
+    dz = torch.empty_like(dy) if mode == NORMS["post"] else dy.new_empty(0)
+    width = 0 if norm_weight is None else len(norm_weight)
 
-    def run(tile: Tile) -> Tensor | None:
+    def run(tile: Tile) -> Tensor:
         programs = triton.cdiv(len(dy), tile.tokens)
-        partial = dy.new_empty(programs, 2, len(norm_weight), dtype=torch.float32) if mode else None
+        partial = dy.new_empty(programs, 2, width, dtype=torch.float32)
         if programs:
             _launch(token_kernel, tile, programs, (dy, inner, residual, weight, norm_weight, dx, dz, partial), weight,
                     mode, eps)
-        return partial.sum(0) if mode else None
+        return partial.sum(0)
 
     return dx, dz, run(_choice(1, weight, mode, run))
 
@@ -205,10 +207,8 @@ no_double_backward("ctr::attention_block_triton_backward")
 
 
 def layer_triton(layer: "TransformerLayer", x: Tensor) -> Tensor:
-    """`layer(x)`, [B, F, D] -> [B, F, D]: products in the dtype of autocast or of x, sums and norms in fp32."""
+    """`layer(x)`, [B, F, D] -> [B, F, D], D <= MAX_DIM: products in the dtype of autocast or x, norms and sums fp32."""
     check_attention(x, x, x, layer.num_heads)
-    if x.shape[-1] > MAX_DIM:
-        raise ValueError(f"D={x.shape[-1]}; kernels='triton' takes up to {MAX_DIM}, kernels='eager' any")
     if not torch.is_autocast_enabled(x.device.type):
         same_float({"x": x, "the layer's weight": layer.qkv.weight})
     dropout_p = layer.dropout if layer.training else 0.0
@@ -218,16 +218,16 @@ def layer_triton(layer: "TransformerLayer", x: Tensor) -> Tensor:
     norm = layer.attention_norm
     x = torch.ops.ctr.attention_block_triton(x.contiguous(), norm.weight, norm.bias, *qkv, *out, NORMS[layer.norm],
                                              norm.eps, layer.num_heads, dropout_p, seeds[0])[0]
-    return ffn_triton(x, *first, *last, layer.activation, dropout_p, seeds[1], layer.norm, layer.ffn_norm)
+    return ffn_block_triton(x, *first, *last, layer.norm, layer.ffn_norm, layer.activation, dropout_p, seeds[1])
 
 
 def aot_specs() -> list[Spec]:
     """The three kernels of both projections, pre- and post-norm, in every launch configuration."""
     specs = []
-    for (arithmetic, wide, cc), tiles in TILES.items():
-        dim, dtype = 128 if wide else 64, "bf16" if arithmetic == "half" else "fp32"
-        cases = [("qkv pre-norm", 3 * dim, 1, False), ("out", dim, 0, True)]
-        cases += [] if wide else [("out post-norm", dim, 2, True)]
+    dim = MAX_DIM
+    for (arithmetic, cc), tiles in TILES.items():
+        dtype = "bf16" if arithmetic == "half" else "fp32"
+        cases = [("qkv pre-norm", 3 * dim, 1, False), ("out", dim, 0, True), ("out post-norm", dim, 2, True)]
         for (name, outputs, norm, residual), (kernel, tile) in itertools.product(
                 cases, zip((forward_kernel, token_kernel, weight_kernel), tiles, strict=True)):
             if kernel is weight_kernel and norm == 2:
@@ -237,13 +237,11 @@ def aot_specs() -> list[Spec]:
             has_residual = residual if kernel is forward_kernel else name.startswith("qkv")
             absent = [] if has_residual else ["residual"]
             absent += [] if norm else ["norm_weight", "norm_bias", "inner"]
-            absent += [] if norm == 2 else ["z", "dz"]
-            absent += ["partial"] if kernel is token_kernel and not norm else []
             constexprs |= dict.fromkeys(parameter for parameter in absent if parameter in kernel.arg_names)
             kinds = {"partial": "*fp32", "norm_weight": "*fp32", "norm_bias": "*fp32", "tokens": "i32", "eps": "fp32"}
             signature = {parameter: kinds.get(parameter, f"*{dtype}")
                          for parameter in kernel.arg_names if parameter not in constexprs}
             name = f"{kernel.__name__} {name} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
             specs.append(Spec(kernel, signature, constexprs, tile.warps, name, (cc,), tensor_cores=True,
-                              tuned=not wide and arithmetic != "tf32"))
+                              tuned=arithmetic != "tf32"))
     return specs

@@ -1,16 +1,10 @@
-"""Attention in Triton: parity and dropout mask in Triton's interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""Attention in Triton: parity, dropout mask and memory traffic in Triton's interpreter."""
 
 import pytest
 import torch
 from parity import SEED, check
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
+from triton_traffic import counting, times
 
 from ctr_kernels import field_attention
 from ctr_kernels.attention import field_attention_packed
@@ -18,18 +12,12 @@ from ctr_kernels.attention.reference import field_attention_reference
 from ctr_kernels.philox import dropout_mask_torch
 
 pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
+from ctr_kernels.attention import triton as kernels  # noqa: E402
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 22 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 24)
 
 
 def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, dropout_p: float = 0.0,
@@ -84,3 +72,20 @@ def test_the_mask_is_that_of_the_specification(fields: int) -> None:
                           kernels="triton")
     kept = out.view(2, fields, 2, 64)[..., :fields].transpose(1, 2).reshape(-1, fields) != 0
     assert torch.equal(kept, dropout_mask_torch(len(kept), fields, 0.3, torch.tensor([SEED])))
+
+
+@interpreted
+@pytest.mark.parametrize("fields", [27, 40])
+def test_the_traffic_is_that_of_the_model(fields: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    qkv, grad = torch.randn(3, fields, 192), torch.randn(3, fields, 64)
+    q, k, v = qkv.chunk(3, dim=-1)
+    accesses = counting(monkeypatch)
+    out = kernels._forward(q, k, v, 4, 0.25, 0.0, None)
+    assert times(accesses["load"], qkv) == {1} and accesses["load"].total() == qkv.numel()
+    assert times(accesses["store"], out) == {1} and accesses["store"].total() == out.numel()
+    accesses = counting(monkeypatch)
+    grads = kernels._backward(grad, q, k, v, 4, 0.25, 0.0, None)
+    assert times(accesses["load"], qkv) == times(accesses["load"], grad) == {1}
+    assert accesses["load"].total() == qkv.numel() + grad.numel()
+    assert times(accesses["store"], grads) == {1} and accesses["store"].total() == grads.numel()

@@ -1,17 +1,10 @@
-"""The low-rank cross layer in Triton: parity and memory traffic in Triton's interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""The low-rank cross layer in Triton: parity and memory traffic in Triton's interpreter."""
 
 import pytest
 import torch
 from parity import check, with_gradients
 from torch.library import opcheck
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
 from ctr_kernels import low_rank_cross
@@ -21,17 +14,10 @@ from ctr_models import DCNv2
 pytest.importorskip("triton")
 from ctr_kernels.cross import triton as kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 6 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 6)
 
 
 def draw(batch: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:

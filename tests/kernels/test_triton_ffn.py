@@ -1,16 +1,9 @@
-"""The feed-forward network in Triton: parity, dropout mask and memory traffic in Triton's interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""The feed-forward network in Triton: parity, dropout mask and memory traffic in Triton's interpreter."""
 
 import pytest
 import torch
 from parity import SEED, Tensors, check, ffn_inputs, with_gradients
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
 from ctr_kernels import ffn
@@ -20,19 +13,13 @@ from ctr_kernels.philox import dropout_mask_torch
 pytest.importorskip("triton")
 from ctr_kernels.ffn import triton as kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 SHAPES = [(0, 64, 256), (1, 64, 128), (70, 64, 104), (40, 20, 8), (33, 8, 72), (20, 128, 40), (17, 65, 40)]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 25 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 25)
 
 
 def check_ffn(inputs: Tensors, activation: str, dropout_p: float = 0.0) -> None:

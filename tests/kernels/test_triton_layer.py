@@ -1,17 +1,10 @@
-"""The halves of a transformer layer in Triton: parity and memory traffic in Triton's interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""The halves of a transformer layer in Triton: parity and memory traffic in Triton's interpreter."""
 
 import pytest
 import torch
 from parity import SEED, check
 from torch.nn import functional as F
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
 from ctr_kernels import TransformerLayer
@@ -23,20 +16,14 @@ from ctr_kernels.ffn import triton as ffn_kernels  # noqa: E402
 from ctr_kernels.layer import triton as kernels  # noqa: E402
 from ctr_kernels.triton_norm import NORMS  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 DTYPES = [torch.float32, torch.float16]
 OPS = torch.ops.ctr
 EPS = 1e-5
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 14 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 16)
 
 
 def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -75,7 +62,7 @@ def test_the_half_of_the_ffn(norm: str, dtype: torch.dtype) -> None:
 def test_the_half_of_the_attention(norm: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     for batch, fields, dim, heads, p in [(0, 27, 64, 4, 0.0), (3, 27, 64, 4, 0.0), (1, 1, 16, 2, 0.0),
-                                         (2, 40, 24, 3, 0.3), (1, 5, 128, 2, 0.3)]:
+                                         (2, 40, 24, 3, 0.3), (4, 9, 48, 3, 0.3)]:
         inputs = draw(dtype, (batch, fields, dim), (dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,))
 
         def fused(*tensors, heads=heads, p=p):
@@ -90,6 +77,15 @@ def test_the_half_of_the_attention(norm: str, dtype: torch.dtype) -> None:
             return block(norm, x, norm_weight, norm_bias, attention)
 
         check(fused, formula, inputs, torch.randn(batch, fields, dim).to(dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_layer_wider_than_the_fused_halves_is_composed(norm: str) -> None:
+    layers = [TransformerLayer(128, 2, 8, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.linspace(-2, 2, 2 * 3 * 128).view(2, 3, 128)
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-4, atol=1e-4)
 
 
 @interpreted
@@ -153,7 +149,7 @@ def test_the_traffic_of_the_attention_is_that_of_the_model(norm: str, monkeypatc
     accesses = counting(monkeypatch)
     norm_weight, norm_bias, qkv_weight, _, out_weight, _ = rest
     kernels._backward(dy, x, qkv, heads, z, norm_weight, norm_bias, qkv_weight, out_weight, *settings)
-    slices = [-(-n // kernels.TILES[kernels._table_key(dim, torch.float32, 0)][2].outputs) for n in (3 * dim, dim)]
+    slices = [-(-n // kernels.TILES[kernels._table_key(torch.float32, 0)][2].outputs) for n in (3 * dim, dim)]
     assert times(accesses["load"], x) == {slices[0] + (not post)}
     assert times(accesses["load"], heads) == {slices[1]} and times(accesses["load"], qkv) == {1}
     assert times(accesses["load"], dy) == {1 if post else 2 + slices[1]}

@@ -1,35 +1,23 @@
-"""Offsets into tensors of more than 2^31 elements do not overflow, in any Triton kernel: seen in the interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import subprocess
-import sys
+"""Offsets into tensors of more than 2^31 elements do not overflow, in any Triton kernel: seen in the interpreter."""
 
 import numpy as np
 import pytest
 import torch
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 
 pytest.importorskip("triton")
 from ctr_kernels.triton_support import Spec, all_specs  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
-SIZES = {"tokens", "rows", "batch", "pairs"}  # scalar parameters that grow with the batch
 LARGE = 3 << 30  # elements: negative where it wraps at 32 bits
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]
-    assert int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) >= 14, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 38)
 
 
 def kernels() -> dict[str, Spec]:
-    """One fp32 configuration of each kernel but those of the sparse updates, whose file has its own test."""
+    """One fp32 configuration of each kernel but those of the sparse updates, whose programs follow ids."""
     found = {}
     for operation, spec in all_specs():
         if operation != "sparse_update" and 80 in spec.capabilities and "*bf16" not in spec.signature.values():

@@ -1,16 +1,9 @@
-"""The Triton operators as PyTorch sees them: opcheck, torch.compile, autocast, double backward, in the interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""The Triton operators as PyTorch sees them: opcheck, torch.compile, autocast, double backward, in the interpreter."""
 
 import pytest
 import torch
 from torch.library import opcheck
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 
 from ctr_kernels import TransformerLayer, ffn, field_attention
 
@@ -18,19 +11,13 @@ pytest.importorskip("triton")
 from ctr_kernels.attention import triton as _attention  # noqa: E402, F401
 from ctr_kernels.ffn import triton as _ffn  # noqa: E402, F401
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 OPS = torch.ops.ctr
 SEED = torch.tensor([4])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 7 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 7)
 
 
 def draw(*shape: int, grad: bool = True) -> torch.Tensor:

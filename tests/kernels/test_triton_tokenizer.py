@@ -1,16 +1,9 @@
-"""Lookup and tokens in Triton: parity, row gradients and memory traffic in Triton's interpreter.
-
-The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
-"""
-
-import os
-import re
-import subprocess
-import sys
+"""Lookup and tokens in Triton: parity, row gradients and memory traffic in Triton's interpreter."""
 
 import pytest
 import torch
 from parity import assert_parity
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
 from ctr_kernels import field_tokens
@@ -20,17 +13,10 @@ from ctr_models import FTTransformer
 pytest.importorskip("triton")
 from ctr_kernels.tokenizer import triton as kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 13 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, 13)
 
 
 def draw(batch: int, fields: int, features: int, dim: int, with_cls: bool, biased: bool,
