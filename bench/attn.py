@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import click
 import torch
-from common.harness import Floors, Row, compare, forward, forward_backward, measure_floors
+from common.harness import Floors, Row, compare_modes, measure_floors
 from common.options import Settings, bench_options
 from common.peers import compiled
 from torch.nn import functional as F
@@ -69,21 +69,12 @@ def measure(s: Settings, floors: Floors) -> list[Row]:
     qkv = torch.randn(s.batch, s.fields, 3 * s.dim, device=s.device).to(s.dtype)
     grad = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
     everyone = providers(s.heads)
-    chosen = s.choose(everyone, SWEPT)
     flops = 4.0 * s.batch * s.fields**2 * s.dim
     tensor = float(grad.numel() * grad.element_size())
-    rows = []
-    for mode in s.modes():
-        if mode == "forward":
-            functions = {name: forward(f, [qkv]) for name, f in chosen.items()}
-            exact, work, traffic = forward(everyone["eager"], [qkv.double()]), flops, 4 * tensor
-        else:
-            functions = {name: forward_backward(f, [qkv], grad) for name, f in chosen.items()}
-            exact = forward_backward(everyone["eager"], [qkv.double()], grad.double())
-            work, traffic = 3.5 * flops, 12 * tensor
-        rows += compare(functions, kernel="field_attention", mode=mode, x=s.shape, device=s.device, flops=work,
-                        num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(), **s.budget)
-    return rows
+    work = {"forward": (flops, 4 * tensor), "forward+backward": (3.5 * flops, 12 * tensor)}
+    return compare_modes(s.choose(everyone, SWEPT), everyone["eager"], [qkv], grad, s.of_modes(work),
+                         exact=not s.sweep, kernel="field_attention", x=s.shape, device=s.device, floors=floors,
+                         **s.budget)
 
 
 @click.command()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import click
 import torch
-from common.harness import Floors, Row, compare, forward, forward_backward, measure_floors
+from common.harness import Floors, Row, compare_modes, measure_floors
 from common.options import Settings, bench_options
 from common.peers import compiled
 from torch.nn import functional as F
@@ -33,22 +33,12 @@ def measure(s: Settings, hidden: int, floors: Floors) -> list[Row]:
               for size in sizes]
     grad = torch.randn(sizes[0], device=s.device).to(s.dtype)
     everyone = providers()
-    chosen = s.choose(everyone, SWEPT)
-    wide = [x.double() for x in inputs]
     flops = 4.0 * s.batch * s.fields * s.dim * hidden
     tensor = float(grad.numel() * grad.element_size())
-    rows = []
-    for mode in s.modes():
-        if mode == "forward":
-            functions = {name: forward(f, inputs) for name, f in chosen.items()}
-            exact, work, traffic = forward(everyone["eager"], wide), flops, 2 * tensor
-        else:
-            functions = {name: forward_backward(f, inputs, grad) for name, f in chosen.items()}
-            exact, work, traffic = forward_backward(everyone["eager"], wide, grad.double()), 3 * flops, 5 * tensor
-        rows += compare(functions, kernel="ffn", mode=mode, x=f"{s.shape} hidden={hidden}", device=s.device,
-                        flops=work, num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(),
-                        **s.budget)
-    return rows
+    work = {"forward": (flops, 2 * tensor), "forward+backward": (3 * flops, 5 * tensor)}
+    return compare_modes(s.choose(everyone, SWEPT), everyone["eager"], inputs, grad, s.of_modes(work),
+                         exact=not s.sweep, kernel="ffn", x=f"{s.shape} hidden={hidden}", device=s.device,
+                         floors=floors, **s.budget)
 
 
 @click.command()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import click
 import torch
-from common.harness import Floors, Row, compare, forward, forward_backward, measure_floors
+from common.harness import Floors, Row, compare_modes, measure_floors
 from common.options import Settings, bench_options
 from common.peers import Unavailable, compiled
 from torch import nn
@@ -66,22 +66,15 @@ def measure(s: Settings, ffn_dim: int, floors: Floors) -> list[Row]:
     flops = tokens * (8 * s.dim**2 + 4 * s.fields * s.dim + 4 * s.dim * ffn_dim)
     tensor = float(x.numel() * x.element_size())
     rows = []
-    for mode in s.modes():
+    for mode, work in s.of_modes({"forward": (flops, 2 * tensor), "forward+backward": (3 * flops, 5 * tensor)}).items():
         layers, modules = providers(s, ffn_dim, mode)
-        chosen = s.choose(layers, SWEPT)
         wide = TransformerLayer(s.dim, s.heads, ffn_dim, kernels="eager").to(s.device, torch.float64)
         wide.load_state_dict(modules["ours"].state_dict())
-        if mode == "forward":
-            functions = {name: forward(f, [x]) for name, f in chosen.items()}
-            exact, work, traffic = forward(wide, [x.double()]), flops, 2 * tensor
-        else:  # of the gradients the input's is compared: the modules keep their weights in different orders
-            functions = {name: forward_backward(f, [x], grad, modules[name].parameters())
-                         for name, f in chosen.items()}
-            exact = forward_backward(wide, [x.double()], grad.double())
-            work, traffic = 3 * flops, 5 * tensor
-        rows += compare(functions, kernel="layer", mode=mode, x=f"{s.shape} hidden={ffn_dim}", device=s.device,
-                        flops=work, num_bytes=traffic, floors=floors, exact=() if s.sweep else exact(),
-                        **s.budget)
+        # Of the gradients the input's is compared: the modules keep their weights in different orders.
+        rows += compare_modes(s.choose(layers, SWEPT), wide, [x], grad, {mode: work},
+                              parameters={name: list(module.parameters()) for name, module in modules.items()},
+                              exact=not s.sweep, kernel="layer", x=f"{s.shape} hidden={ffn_dim}", device=s.device,
+                              floors=floors, **s.budget)
     return rows
 
 

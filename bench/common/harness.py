@@ -163,6 +163,40 @@ def compare(
     return rows
 
 
+def compare_modes(
+    providers: Mapping[str, Callable[..., torch.Tensor]],
+    reference: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    work: Mapping[str, tuple[float, float]],
+    *,
+    parameters: Mapping[str, Iterable[torch.Tensor]] | None = None,
+    exact: bool = True,
+    **options: Any,
+) -> list[Row]:
+    """`compare` the providers of one function in each mode: "forward", or "forward+backward" with all gradients.
+
+    Args:
+        reference: the same function, to be run in fp64; grad: the gradient of its output.
+        work: mode -> (FLOP, bytes) as the floor counts them.
+        parameters: provider -> leaves beside the inputs whose gradients it makes as well.
+        exact: whether the error against fp64 is taken. options: those of `compare`.
+    """
+    rows, wide = [], [x.double() for x in inputs] if exact else []
+    leaves = parameters or {}
+    for mode, (flops, num_bytes) in work.items():
+        if mode == "forward":
+            functions = {name: forward(function, inputs) for name, function in providers.items()}
+            truth = forward(reference, wide)
+        else:
+            functions = {name: forward_backward(function, inputs, grad, leaves.get(name, ()))
+                         for name, function in providers.items()}
+            truth = forward_backward(reference, wide, grad.double())
+        rows += compare(functions, mode=mode, flops=flops, num_bytes=num_bytes, exact=truth() if exact else (),
+                        **options)
+    return rows
+
+
 def time_row(
     provider: str, timing: Timing, *, kernel: str, mode: str, x: str, flops: float = 0.0, num_bytes: float = 0.0,
     floors: Floors | None = None, samples: int = 0, device: torch.device,

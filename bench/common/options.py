@@ -71,11 +71,10 @@ class Settings:
             torch.compiler.reset()  # else the ninth shape of a function is no longer compiled
             yield replace(self, batch=value) if self.sweep == "batch" else replace(self, fields=value)
 
-    def modes(self) -> tuple[str, ...]:
-        """What to time; a sweep times the training direction alone."""
-        if not self.backward:
-            return ("forward",)
-        return ("forward+backward",) if self.sweep else ("forward", "forward+backward")
+    def of_modes(self, modes: dict[str, T]) -> dict[str, T]:
+        """Those of "forward" and "forward+backward" to time; a sweep times the training direction alone."""
+        wanted = (self.backward, not (self.backward and self.sweep))
+        return {mode: value for mode, value in modes.items() if wanted[mode == "forward"]}
 
     @property
     def budget(self) -> dict[str, Any]:

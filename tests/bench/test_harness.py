@@ -274,7 +274,10 @@ def test_a_sweep_measures_every_size_of_few_providers(restored_torch) -> None:
     settings = Settings(torch.device("cpu"), sweep="fields", heads=2)
     assert [point.fields for point in settings.points()] == [8, 16, 27, 32, 48, 64]
     assert all(point.heads == 2 and point.batch == 4096 for point in settings.points())
-    assert settings.modes() == ("forward+backward",)
+    both = {"forward": 1, "forward+backward": 2}
+    assert settings.of_modes(both) == {"forward+backward": 2}
+    assert Settings(torch.device("cpu")).of_modes(both) == both
+    assert Settings(torch.device("cpu"), backward=False, sweep="batch").of_modes(both) == {"forward": 1}
     assert settings.choose({"a": 1, "b": 2}, ("b",)) == {"b": 2}
     assert Settings(torch.device("cpu")).choose({"a": 1, "b": 2}, ("b",)) == {"a": 1, "b": 2}
     seen = []
