@@ -51,6 +51,7 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile]] = {
     (arithmetic, cc): (Tile(64, 64, 8), Tile(64, 64, 8), Tile(32, 64, 8))
     for arithmetic in ("half", "tf32", "tf32x3") for cc in CAPABILITIES
 }
+TILES["tf32", 90] = (Tile(64, 64, 8), Tile(64, 64, 8), Tile(32, 32, 8))  # with 64 outputs all loads are of 4 bytes
 MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multiprocessor
 
 
