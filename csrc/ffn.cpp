@@ -1,4 +1,4 @@
-// ctr::ffn and its backward on CPUs: weights packed once a call, tiles shared among threads.
+// ctr::ffn, ctr::ffn_block and their backward on CPUs: weights packed once a call, tiles shared among threads.
 #include <cstring>
 #include <tuple>
 
@@ -89,11 +89,21 @@ void use(FfnArgs& args, const Packed& p) {
   args.w2 = p.w2.data();
 }
 
-}  // namespace
+// ffn_args of half a layer: x [B, F, D] as tokens, with its norm.
+FfnArgs block_args(const Tensor& tokens, const Tensor& gamma, const Tensor& beta, double eps, bool normed_residual,
+                   const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, int64_t activation,
+                   double dropout_p, const std::optional<Tensor>& seed) {
+  FfnArgs args = ffn_args(tokens, w1, b1, w2, b2, activation, dropout_p, seed);
+  STD_TORCH_CHECK(args.type == Type::f32 && args.dp == args.dim, "D=", args.dim,
+                  "; a float32 x and a multiple of 16 are needed");
+  args.norm = norm_args(gamma, beta, eps, args.dim);
+  args.normed_residual = normed_residual;
+  return args;
+}
 
-Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activation, double dropout_p,
-           std::optional<Tensor> seed) {
-  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
+// y of args.x.
+Tensor forward(FfnArgs& args, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+               const Tensor& b2) {
   const Packed packed = pack(args, Floats(w1), Floats(b1), Floats(w2), Floats(b2), false);
   use(args, packed);
   Tensor out = new_output({args.tokens, args.dim}, x.scalar_type());
@@ -105,13 +115,15 @@ Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activat
   return out;
 }
 
-// Gradients of x, w1, b1, w2, b2; those of the weights in fp32. The tokens are cut into a number of tasks that does
-// not depend on the threads, each with sums of its own, so that the result does not either.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
-                                                                Tensor w2, Tensor b2, int64_t activation,
-                                                                double dropout_p, std::optional<Tensor> seed) {
+struct Gradients {
+  Tensor x, w1, b1, w2, b2, gamma, beta;
+};
+
+// Those of the weights in fp32. The tokens are cut into a number of tasks that does not depend on the threads, each
+// with sums of its own, so that the result does not either.
+Gradients backward(FfnArgs& args, const Tensor& grad_out, const Tensor& x, const Tensor& w1, const Tensor& b1,
+                   const Tensor& w2, const Tensor& b2) {
   constexpr int64_t kTasks = 32;
-  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
   check_shape(grad_out, {args.tokens, args.dim}, "grad_out");
   check_type(grad_out, x.scalar_type(), "grad_out");
   STD_TORCH_CHECK(grad_out.is_contiguous(), "grad_out must be contiguous");
@@ -123,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out,
 
   const int64_t dim = args.dim, dp = args.dp, hidden = args.hidden, padded = args.slices * kFfnSlice;
   const int64_t tiles = (args.tokens + kFfnTile - 1) / kFfnTile, tasks = tiles < kTasks ? tiles : kTasks;
-  const int64_t matrix = padded * dp, size = 2 * matrix + padded + dp;  // of one task's sums
+  const int64_t matrix = padded * dp, size = 2 * matrix + padded + 3 * dp;  // of a task's sums
   Tensor sums = new_output({tasks, size}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   const KernelTable& kernels = kernels_for(dp);
@@ -131,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out,
     for (int64_t task = first; task < last; ++task) {
       float* own = data + task * size;
       std::memset(own, 0, size * sizeof(float));
-      const FfnGradients gradients{own, own + matrix, own + 2 * matrix, own + 2 * matrix + padded};
+      float* rows = own + 2 * matrix;
+      const FfnGradients gradients{own, own + matrix, rows, rows + padded, rows + padded + dp, rows + padded + 2 * dp};
       kernels.ffn_backward(args, gradients, tiles * task / tasks, tiles * (task + 1) / tasks);
     }
   });
@@ -156,12 +169,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out,
       to_b1[h] = row[2 * dp];
     }
   });
+  Tensor gamma = torch::stable::empty({dim}, f32), beta = torch::stable::empty({dim}, f32);
+  float *to_gamma = static_cast<float*>(gamma.mutable_data_ptr()), *to_beta = static_cast<float*>(beta.mutable_data_ptr());
   for (int64_t d = 0; d < dim; ++d) {
-    float sum = 0.0f;
-    for (int64_t task = 0; task < tasks; ++task) sum += data[task * size + 2 * matrix + padded + d];
-    to_b2[d] = sum;
+    float sums_of[3] = {};
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int i = 0; i < 3; ++i) sums_of[i] += data[task * size + 2 * matrix + padded + i * dp + d];
+    to_b2[d] = sums_of[0];
+    to_gamma[d] = sums_of[1];
+    to_beta[d] = sums_of[2];
   }
-  return {gx, gw1, gb1, gw2, gb2};
+  return {gx, gw1, gb1, gw2, gb2, gamma, beta};
+}
+
+}  // namespace
+
+Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activation, double dropout_p,
+           std::optional<Tensor> seed) {
+  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
+  return forward(args, x, w1, b1, w2, b2);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
+                                                                Tensor w2, Tensor b2, int64_t activation,
+                                                                double dropout_p, std::optional<Tensor> seed) {
+  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
+  const Gradients g = backward(args, grad_out, x, w1, b1, w2, b2);
+  return {g.x, g.w1, g.b1, g.w2, g.b2};
+}
+
+// Half a layer on tokens [N, D]: n = LN(x); x + ffn(n), or n + ffn(n) with normed_residual.
+Tensor ffn_block(Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
+                 Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed) {
+  FfnArgs args = block_args(x, gamma, beta, eps, normed_residual, w1, b1, w2, b2, activation, dropout_p, seed);
+  return forward(args, x, w1, b1, w2, b2);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_block_backward(
+    Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
+    Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed) {
+  FfnArgs args = block_args(x, gamma, beta, eps, normed_residual, w1, b1, w2, b2, activation, dropout_p, seed);
+  const Gradients g = backward(args, grad_out, x, w1, b1, w2, b2);
+  return {g.x, g.gamma, g.beta, g.w1, g.b1, g.w2, g.b2};
 }
 
 }  // namespace ctr

@@ -1,15 +1,15 @@
 // The feed-forward network on tiles of 96 tokens, its hidden in slices of 64 units that never leave the cache.
 //
 // Forward, a slice: A = X W1^T + b1; H = act(A) * M; Y += H W2^T.
+// As half a layer, X is a LayerNorm N of the input, and Y starts as the residual instead of 0.
 // Backward, A and H recomputed: dH = dY W2; dA = dH * M * act'(A); dX += dA W1; dW1 += dA^T X; dW2^T += H^T dY;
 // db1 += columnsum(dA); db2 += columnsum(dY).
 #pragma once
-#include <cstdlib>
-#include <new>
-
 #include "activation.h"
+#include "buffer.h"
 #include "convert.h"
 #include "gemm.h"
+#include "norm_kernel.h"
 #include "philox_vector.h"
 #include "sums.h"
 
@@ -17,21 +17,6 @@ namespace ctr {
 namespace CTR_ISA {
 
 constexpr int64_t kSlice = kFfnSlice;
-
-// Cache-line aligned floats on the heap.
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    if (posix_memalign(reinterpret_cast<void**>(&data_), 64, count * sizeof(float)) != 0) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* get() const { return data_; }
-
- private:
-  float* data_ = nullptr;
-};
 
 struct Tile {
   int64_t first, rows;  // tokens
@@ -97,11 +82,17 @@ void differentiate_slice(float* hidden, float* grad, const float* mask, int64_t 
 template <Activation kActivation>
 void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
   const Buffer x_rows(kFfnTile * args.dp), y_rows(kFfnTile * args.dp), hidden(kFfnTile * kSlice);
-  const Buffer mask(kFfnTile * kSlice);
+  const Buffer mask(kFfnTile * kSlice), normed(args.norm.gamma ? kFfnTile * args.dp : 0);
   const bool dropping = args.dropout.threshold != 0;
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
     const float* x = tile_rows(args, args.x, tile, x_rows.get());
+    const float* residual = nullptr;
+    if (args.norm.gamma != nullptr) {
+      normalise_rows(args.norm, x, tile.rows, args.dp, normed.get());
+      residual = args.normed_residual ? normed.get() : x;
+      x = normed.get();
+    }
     float* y = tile_out(args, tile, y_rows.get());
     for (int64_t slice = 0; slice < args.slices; ++slice) {
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, args.dp, args.w1t + slice * args.dim * kSlice, kSlice,
@@ -109,7 +100,10 @@ void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
       if (dropping) slice_mask(args, tile, slice, mask.get());
       activate_slice<kActivation>(hidden.get(), dropping ? mask.get() : nullptr, tile.rows);
       const float* w2t = args.w2t + slice * kSlice * args.dp;
-      if (slice == 0)
+      if (slice == 0 && residual != nullptr)
+        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
+                           StoreResidual{y, args.dp, args.b2, residual});
+      else if (slice == 0)
         gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
                            StoreBiased{y, args.dp, args.b2});
       else
@@ -123,13 +117,19 @@ template <Activation kActivation>
 void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first, int64_t last) {
   const Buffer x_rows(kFfnTile * args.dp), gy_rows(kFfnTile * args.dp), gx_rows(kFfnTile * args.dp);
   const Buffer hidden(kFfnTile * kSlice), grad(kFfnTile * kSlice), mask(kFfnTile * kSlice);
+  const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
   const bool dropping = args.dropout.threshold != 0;
   const int64_t dp = args.dp;
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
-    const float* x = tile_rows(args, args.x, tile, x_rows.get());
+    const float *input = tile_rows(args, args.x, tile, x_rows.get()), *x = input;
     const float* gy = tile_rows(args, args.grad_out, tile, gy_rows.get());
-    float* gx = tile_out(args, tile, gx_rows.get());
+    float *out = tile_out(args, tile, gx_rows.get()), *gx = out;
+    if (args.norm.gamma != nullptr) {
+      normalise_rows(args.norm, input, tile.rows, dp, normed.get());
+      x = normed.get();
+      gx = gx_rows.get();  // of the norm's output
+    }
     add_columns(gy, dp, tile.rows, dp, sums.b2);
     for (int64_t slice = 0; slice < args.slices; ++slice) {
       const int64_t unit = slice * kSlice;
@@ -140,14 +140,19 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
       if (dropping) slice_mask(args, tile, slice, mask.get());
       differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping ? mask.get() : nullptr, tile.rows);
       add_columns(grad.get(), kSlice, tile.rows, kSlice, sums.b1 + unit);
-      if (slice == 0)
+      if (slice == 0 && args.normed_residual)
+        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, StorePlus{gx, dp, gy});
+      else if (slice == 0)
         gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, Store{gx, dp});
       else
         gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1 + unit * dp, dp, Add{gx, dp});
       gemm<Layout::transposed>(kSlice, dp, tile.rows, grad.get(), kSlice, x, dp, Add{sums.w1 + unit * dp, dp});
       gemm<Layout::transposed>(kSlice, dp, tile.rows, hidden.get(), kSlice, gy, dp, Add{sums.w2t + unit * dp, dp});
     }
-    flush_tile(args, tile, gx);
+    if (args.norm.gamma != nullptr)
+      differentiate_rows(args.norm, input, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, sums.gamma,
+                         sums.beta, normed.get());
+    flush_tile(args, tile, out);
   }
 }
 

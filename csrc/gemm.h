@@ -20,7 +20,8 @@ struct Constant {
   constexpr operator int64_t() const { return kValue; }
 };
 
-// What is done with the sums: out = sum, out = sum * scale, out += sum, out = sum + bias[n].
+// What is done with the sums: out = sum, out = sum * scale, out += sum, out = sum + bias[n], and
+// out = sum + other, out = sum + bias[n] + residual.
 struct Store {
   float* out;
   int64_t pitch;
@@ -50,6 +51,22 @@ struct StoreBiased {
   int64_t pitch;
   const float* bias;
   void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum + load(bias + n)); }
+};
+struct StorePlus {
+  float* out;
+  int64_t pitch;  // of both
+  const float* other;
+  void operator()(int64_t m, int64_t n, Vec sum) const {
+    store(out + m * pitch + n, sum + load(other + m * pitch + n));
+  }
+};
+struct StoreResidual {
+  float* out;
+  int64_t pitch;  // of both
+  const float *bias, *residual;
+  void operator()(int64_t m, int64_t n, Vec sum) const {
+    store(out + m * pitch + n, sum + load(bias + n) + load(residual + m * pitch + n));
+  }
 };
 
 template <int R, int NV, Layout kLayout, class Lda, class Finish>

@@ -28,6 +28,12 @@ struct AttentionArgs {
   Strided grad_out, dq, dk, dv;   // backward
 };
 
+// LayerNorm over the last dimension; gamma is null where there is none.
+struct NormArgs {
+  const float *gamma, *beta;
+  float eps;
+};
+
 enum class Activation { gelu, gelu_tanh, relu };
 
 constexpr int64_t kFfnTile = 96;   // tokens of a tile
@@ -39,6 +45,8 @@ struct FfnArgs {
   Activation activation;
   int64_t tokens, dim, dp, hidden, slices;
   DropoutArgs dropout;
+  NormArgs norm;             // of x, with the residual added to the output; fp32 and dim = dp only
+  bool normed_residual;      // the residual is LN(x) instead of x
   const void *x, *grad_out;  // [tokens, dim]
   void* out;                 // [tokens, dim]: y, or the gradient of x
   const float *w1t;          // [slices, dim, 64]
@@ -54,6 +62,7 @@ struct FfnGradients {
   float *w1, *w2t;  // [slices * 64, dp]
   float *b1;        // [slices * 64]
   float *b2;        // [dp]
+  float *gamma, *beta;  // [dp]; of the norm
 };
 
 constexpr int64_t kLinearTile = 96;  // tokens of a tile
@@ -66,6 +75,15 @@ struct LinearArgs {
   const float* bias;    // [out], forward only
   float* y;             // [tokens, out]; backward: the gradient of y, only read
   float* grad_x;        // [tokens, in], backward only
+  NormArgs norm;        // of x
+  const float* residual;  // forward: [tokens, out], added to y; backward: [tokens, in], added to grad_x
+};
+
+// Sums over the tokens of one task; zero at the start.
+struct LinearGradients {
+  float *weight;        // [out, in]
+  float *bias;          // [out]
+  float *gamma, *beta;  // [in]
 };
 
 enum class RowRule { sgd, rowwise_adagrad, adagrad, lazy_adam };
@@ -95,9 +113,7 @@ struct KernelTable {
   void (*ffn_forward)(const FfnArgs&, int64_t first_tile, int64_t last_tile);
   void (*ffn_backward)(const FfnArgs&, const FfnGradients&, int64_t first_tile, int64_t last_tile);
   void (*linear_forward)(const LinearArgs&, int64_t first_tile, int64_t last_tile);
-  // grad_weight [out, in] and grad_bias [out]: sums of one task, zero at the start.
-  void (*linear_backward)(const LinearArgs&, float* grad_weight, float* grad_bias, int64_t first_tile,
-                          int64_t last_tile);
+  void (*linear_backward)(const LinearArgs&, const LinearGradients&, int64_t first_tile, int64_t last_tile);
   // sorted[i] = id << 32 | position; whole runs of equal ids.
   void (*update_rows)(const RowUpdate&, const uint64_t* sorted, int64_t n);
 };

@@ -25,8 +25,19 @@ Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activat
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
                                                                 Tensor w2, Tensor b2, int64_t activation,
                                                                 double dropout_p, std::optional<Tensor> seed);
-Tensor linear(Tensor x, Tensor weight, Tensor bias);
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_out, Tensor x, Tensor weight);
+std::tuple<Tensor, Tensor, Tensor> attention_block(Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+                                                   double eps, Tensor w_qkv, Tensor b_qkv, Tensor w_out, Tensor b_out,
+                                                   int64_t num_heads, double scale, double dropout_p,
+                                                   std::optional<Tensor> seed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
+    Tensor grad_out, Tensor x, Tensor qkv, Tensor attended, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+    double eps, Tensor w_qkv, Tensor w_out, int64_t num_heads, double scale, double dropout_p,
+    std::optional<Tensor> seed);
+Tensor ffn_block(Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
+                 Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_block_backward(
+    Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
+    Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed);
 void use_huge_pages(Tensor table);
 int64_t first_bad_id(Tensor ids, int64_t num_rows);
 Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen);
@@ -49,8 +60,10 @@ STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
   m.impl("field_attention_packed_backward", TORCH_BOX(&ctr::field_attention_packed_backward));
   m.impl("ffn", TORCH_BOX(&ctr::ffn));
   m.impl("ffn_backward", TORCH_BOX(&ctr::ffn_backward));
-  m.impl("linear", TORCH_BOX(&ctr::linear));
-  m.impl("linear_backward", TORCH_BOX(&ctr::linear_backward));
+  m.impl("attention_block", TORCH_BOX(&ctr::attention_block));
+  m.impl("attention_block_backward", TORCH_BOX(&ctr::attention_block_backward));
+  m.impl("ffn_block", TORCH_BOX(&ctr::ffn_block));
+  m.impl("ffn_block_backward", TORCH_BOX(&ctr::ffn_block_backward));
   m.impl("use_huge_pages", TORCH_BOX(&ctr::use_huge_pages));
   m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));
   m.impl("embedding_lookup", TORCH_BOX(&ctr::embedding_lookup));

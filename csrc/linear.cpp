@@ -1,13 +1,12 @@
-// ctr::linear and its backward on CPUs: the projections of the transformer layer.
-#include <cstring>
-#include <tuple>
+// The linear layers of ctr::attention_block; see linear.h.
+#include "linear.h"
 
-#include "tensor_args.h"
+#include <cstring>
 
 namespace ctr {
 namespace {
 
-LinearArgs linear_args(const Tensor& x, const Tensor& weight) {
+LinearArgs linear_args(const Tensor& x, const NormArgs& norm, const Tensor& weight) {
   for (const Tensor* t : {&x, &weight}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->is_contiguous(),
                     "x is [tokens, in] and weight [out, in], both float32 and contiguous");
@@ -20,16 +19,26 @@ LinearArgs linear_args(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(args.in > 0 && args.in % 16 == 0 && args.out > 0 && args.out % 16 == 0, "widths ", args.in, " and ",
                   args.out, " must be multiples of 16");
   args.x = static_cast<const float*>(x.const_data_ptr());
+  args.norm = norm;
   return args;
+}
+
+// A [tokens, width] operand that goes with x.
+const float* rows_of(const Tensor& t, int64_t tokens, int64_t width, const char* name) {
+  check_type(t, ScalarType::Float, name);
+  check_shape(t, {tokens, width}, name);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return static_cast<const float*>(t.const_data_ptr());
 }
 
 }  // namespace
 
-// x [tokens, in], weight [out, in], bias [out] -> [tokens, out].
-Tensor linear(Tensor x, Tensor weight, Tensor bias) {
-  LinearArgs args = linear_args(x, weight);
+Tensor linear(const Tensor& x, const NormArgs& norm, const Tensor& weight, const Tensor& bias,
+              const Tensor* residual) {
+  LinearArgs args = linear_args(x, norm, weight);
   check_type(bias, ScalarType::Float, "bias");
   check_shape(bias, {args.out}, "bias");
+  if (residual != nullptr) args.residual = rows_of(*residual, args.tokens, args.out, "residual");
   const float* w = static_cast<const float*>(weight.const_data_ptr());
   std::vector<float> transposed(args.in * args.out);
   for (int64_t o = 0; o < args.out; ++o)
@@ -46,40 +55,43 @@ Tensor linear(Tensor x, Tensor weight, Tensor bias) {
   return y;
 }
 
-// Gradients of x, weight and bias; summed in tasks whose number does not depend on the threads.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_out, Tensor x, Tensor weight) {
+// Summed in tasks whose number does not depend on the threads.
+LinearGradientTensors linear_backward(const Tensor& grad_out, const Tensor& x, const NormArgs& norm,
+                                      const Tensor& weight, const Tensor* grad_residual) {
   constexpr int64_t kTasks = 32;
-  LinearArgs args = linear_args(x, weight);
-  check_type(grad_out, ScalarType::Float, "grad_out");
-  check_shape(grad_out, {args.tokens, args.out}, "grad_out");
-  STD_TORCH_CHECK(grad_out.is_contiguous(), "grad_out must be contiguous");
+  LinearArgs args = linear_args(x, norm, weight);
+  args.y = const_cast<float*>(rows_of(grad_out, args.tokens, args.out, "grad_out"));
+  if (grad_residual != nullptr) args.residual = rows_of(*grad_residual, args.tokens, args.in, "grad_residual");
   Tensor grad_x = new_output({args.tokens, args.in}, ScalarType::Float);
   args.weight = static_cast<const float*>(weight.const_data_ptr());
-  args.y = const_cast<float*>(static_cast<const float*>(grad_out.const_data_ptr()));
   args.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
   const int64_t tiles = (args.tokens + kLinearTile - 1) / kLinearTile, tasks = tiles < kTasks ? tiles : kTasks;
-  const int64_t matrix = args.out * args.in, size = matrix + args.out;  // of one task's sums
+  const int64_t matrix = args.out * args.in, size = matrix + args.out + 2 * args.in;  // of one task's sums
   Tensor sums = new_output({tasks, size}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      float* own = data + task * size;
+      float *own = data + task * size, *rows = own + matrix;
       std::memset(own, 0, size * sizeof(float));
-      kernels.linear_backward(args, own, own + matrix, tiles * task / tasks, tiles * (task + 1) / tasks);
+      const LinearGradients gradients{own, rows, rows + args.out, rows + args.out + args.in};
+      kernels.linear_backward(args, gradients, tiles * task / tasks, tiles * (task + 1) / tasks);
     }
   });
-  Tensor grad_weight = torch::stable::empty({args.out, args.in}, ScalarType::Float);
-  Tensor grad_bias = torch::stable::empty({args.out}, ScalarType::Float);
-  float* to[] = {static_cast<float*>(grad_weight.mutable_data_ptr()), static_cast<float*>(grad_bias.mutable_data_ptr())};
-  std::memset(to[0], 0, matrix * sizeof(float));
-  std::memset(to[1], 0, args.out * sizeof(float));
-  for (int64_t task = 0; task < tasks; ++task) {
-    const float* own = data + task * size;
-    for (int64_t i = 0; i < matrix; ++i) to[0][i] += own[i];
-    for (int64_t i = 0; i < args.out; ++i) to[1][i] += own[matrix + i];
+  LinearGradientTensors result{grad_x,
+                               torch::stable::empty({args.out, args.in}, ScalarType::Float),
+                               torch::stable::empty({args.out}, ScalarType::Float),
+                               torch::stable::empty({args.in}, ScalarType::Float),
+                               torch::stable::empty({args.in}, ScalarType::Float)};
+  int64_t offset = 0;
+  for (Tensor* t : {&result.weight, &result.bias, &result.gamma, &result.beta}) {
+    float* to = static_cast<float*>(t->mutable_data_ptr());
+    std::memset(to, 0, t->numel() * sizeof(float));
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int64_t i = 0; i < t->numel(); ++i) to[i] += data[task * size + offset + i];
+    offset += t->numel();
   }
-  return {grad_x, grad_weight, grad_bias};
+  return result;
 }
 
 }  // namespace ctr

@@ -50,6 +50,16 @@ inline DropoutArgs dropout_args(double p, const std::optional<Tensor>& seed) {
   return {key, static_cast<uint32_t>(std::nearbyint(p * 2147483648.0)), static_cast<float>(1.0 / (1.0 - p))};
 }
 
+inline NormArgs norm_args(const Tensor& gamma, const Tensor& beta, double eps, int64_t width) {
+  for (const Tensor* t : {&gamma, &beta}) {
+    check_type(*t, ScalarType::Float, "a weight of the norm");
+    check_shape(*t, {width}, "a weight of the norm");
+    STD_TORCH_CHECK(t->is_contiguous(), "the weights of the norm must be contiguous");
+  }
+  return {static_cast<const float*>(gamma.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr()),
+          static_cast<float>(eps)};
+}
+
 constexpr int64_t kHugePage = int64_t{2} << 20;  // bytes
 
 // Asks for huge pages for memory that has not been touched yet, where the system offers them.

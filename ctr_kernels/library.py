@@ -20,8 +20,17 @@ LIBRARY.define("ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int ac
                "Tensor? seed) -> Tensor")
 LIBRARY.define("ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, "
                "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-LIBRARY.define("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
-LIBRARY.define("linear_backward(Tensor grad_out, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("attention_block(Tensor x, Tensor? gamma, Tensor? beta, float eps, Tensor w_qkv, Tensor b_qkv, "
+               "Tensor w_out, Tensor b_out, int num_heads, float scale, float dropout_p, Tensor? seed) "
+               "-> (Tensor, Tensor, Tensor)")
+LIBRARY.define("attention_block_backward(Tensor grad_out, Tensor x, Tensor qkv, Tensor attended, Tensor? gamma, "
+               "Tensor? beta, float eps, Tensor w_qkv, Tensor w_out, int num_heads, float scale, float dropout_p, "
+               "Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("ffn_block(Tensor x, Tensor gamma, Tensor beta, float eps, bool normed_residual, Tensor w1, "
+               "Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, Tensor? seed) -> Tensor")
+LIBRARY.define("ffn_block_backward(Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, float eps, "
+               "bool normed_residual, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, "
+               "Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define("use_huge_pages(Tensor(a!) table) -> ()")
 LIBRARY.define("first_bad_id(Tensor ids, int num_rows) -> int")
 LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids, bool widen) -> Tensor")

@@ -1,6 +1,7 @@
 """The contract of every fused kernel: as exact as PyTorch in the same dtype (the rule: tests/parity.py)."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ctr_kernels import (
     SparseLazyAdam,
     SparseRowwiseAdagrad,
     SparseSGD,
+    TransformerLayer,
     ffn,
     field_attention,
 )
@@ -153,14 +155,27 @@ def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) ->
     assert torch.equal(out != 0, dropout_mask_torch(100, hidden, 0.3, torch.tensor([SEED])))
 
 
-@pytest.mark.parametrize(("tokens", "widths"), [(0, (64, 192)), (1, (16, 16)), (97, (64, 64)), (1000, (64, 192)),
-                                                (300, (48, 80))])
-def test_linear(fused: str, tokens: int, widths: tuple[int, int]) -> None:
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_layer(fused: str, norm: str, dropout_p: float) -> None:
+    """The halves of a layer, norms and residuals included."""
     torch.manual_seed(9)
-    shapes = [(tokens, widths[0]), (widths[1], widths[0]), (widths[1],)]
-    inputs = [torch.randn(shape) / (widths[0] ** 0.5 if i == 1 else 1) for i, shape in enumerate(shapes)]
-    grad_out = torch.randn(tokens, widths[1]) / max(1, tokens) ** 0.5
-    check(torch.ops.ctr.linear, torch.nn.functional.linear, inputs, grad_out)
+    for batch, fields, dim, heads, hidden in [(0, 27, 64, 4, 256), (1, 1, 16, 2, 8), (5, 27, 64, 4, 256),
+                                              (3, 40, 48, 3, 72), (11, 28, 64, 1, 128)]:
+        layer = TransformerLayer(dim, heads, hidden, norm=norm, dropout=dropout_p)
+        for module in (layer.attention_norm, layer.ffn_norm):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+        names, weights = zip(*layer.named_parameters(), strict=True)
+
+        def run(kernels: str, x: torch.Tensor, *weights: torch.Tensor, layer: TransformerLayer = layer,
+                names: tuple[str, ...] = names) -> torch.Tensor:
+            torch.manual_seed(10)  # of the masks
+            layer.kernels = kernels
+            return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), x)
+
+        x, grad_out = torch.randn(batch, fields, dim) * 3 + 1, torch.randn(batch, fields, dim)
+        check(partial(run, fused), partial(run, "eager"), [x, *weights], grad_out / max(1, batch * fields) ** 0.5)
 
 
 def id_batches(num_rows: int) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from ..attention import field_attention_packed
 from ..backend import CHOICES, resolve
 from ..ffn import ffn
 from ..ffn.reference import ACTIVATIONS
-from .native import linear_native, takes_linear
+from .native import layer_native, takes_blocks
 
 
 class TransformerLayer(nn.Module):
@@ -59,30 +59,26 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, F, D] -> [B, F, D]."""
-        if resolve(self.kernels, x.device, "field_attention", x.dtype) == "triton":
+        dropout_p = self.dropout if self.training else 0.0
+        backend = resolve(self.kernels, x.device, "field_attention", x.dtype)
+        if backend == "triton":
             from .triton import MAX_DIM, layer_triton
 
             if x.shape[-1] <= MAX_DIM:
                 return layer_triton(self, x)
+        if backend == "native" and takes_blocks(self, x):
+            return layer_native(self, x, dropout_p)
         if self.norm == "pre":
-            x = x + self._attention(self.attention_norm(x))
-            return x + self._ffn(self.ffn_norm(x))
-        x = self.attention_norm(x + self._attention(x))
-        return self.ffn_norm(x + self._ffn(x))
+            x = x + self._attention(self.attention_norm(x), dropout_p)
+            return x + self._ffn(self.ffn_norm(x), dropout_p)
+        x = self.attention_norm(x + self._attention(x, dropout_p))
+        return self.ffn_norm(x + self._ffn(x, dropout_p))
 
-    def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        dropout_p = self.dropout if self.training else 0.0
-        attended = field_attention_packed(self._linear(self.qkv, x), num_heads=self.num_heads, dropout_p=dropout_p,
-                                          kernels=self.kernels)
-        return self._linear(self.out, attended)
+    def _attention(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        return self.out(field_attention_packed(self.qkv(x), num_heads=self.num_heads, dropout_p=dropout_p,
+                                               kernels=self.kernels))
 
-    def _linear(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        if resolve(self.kernels, x.device, "field_attention", x.dtype) == "native" and takes_linear(linear, x):
-            return linear_native(linear, x)
-        return linear(x)
-
-    def _ffn(self, x: torch.Tensor) -> torch.Tensor:
-        dropout_p = self.dropout if self.training else 0.0
+    def _ffn(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         return ffn(x, self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias,
                    activation=self.activation, dropout_p=dropout_p, kernels=self.kernels)
 

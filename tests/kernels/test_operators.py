@@ -34,10 +34,20 @@ def test_opcheck_of_attention_and_ffn(dropout_p: float) -> None:
     opcheck(OPS.ffn_backward, (torch.randn(7, 32), x.detach(), *weights(False), 0, dropout_p, SEED))
 
 
-def test_opcheck_of_linear() -> None:
-    inputs = [torch.randn(shape, requires_grad=True) for shape in [(5, 16), (32, 16), (32,)]]
-    opcheck(OPS.linear, inputs)
-    opcheck(OPS.linear_backward, (torch.randn(5, 32), inputs[0].detach(), inputs[1].detach()))
+@pytest.mark.parametrize("norm", [True, False])
+def test_opcheck_of_the_halves_of_a_layer(norm: bool) -> None:
+    def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    (x,), gamma = weights((2, 5, 32)), weights((32,), (32,)) if norm else [None, None]
+    w_qkv, b_qkv, w_out, b_out = weights((96, 32), (96,), (32, 32), (32,))
+    opcheck(OPS.attention_block, (x, *gamma, 1e-5, w_qkv, b_qkv, w_out, b_out, 2, 0.25, 0.1, SEED))
+    tensors = [t if t is None else t.detach() for t in (x, x, torch.randn(2, 5, 96), x, *gamma)]
+    opcheck(OPS.attention_block_backward, (*tensors, 1e-5, w_qkv.detach(), w_out.detach(), 2, 0.25, 0.1, SEED))
+    inputs = [*weights((7, 32), (32,), (32,)), 1e-5, norm, *weights((16, 32), (16,), (32, 16), (32,))]
+    opcheck(OPS.ffn_block, (*inputs, 0, 0.1, SEED))
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
+    opcheck(OPS.ffn_block_backward, (torch.randn(7, 32), *detached, 0, 0.1, SEED))
 
 
 def test_opcheck_of_lookup_and_updates() -> None:
