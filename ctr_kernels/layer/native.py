@@ -4,18 +4,20 @@
 attended values. `ctr::ffn_block`: n = LN(x), x + ffn(n) or n + ffn(n); it keeps x alone.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..checks import HEAD_DIMS, MAX_FIELDS
 from ..ffn.reference import ACTIVATIONS
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
 
+if TYPE_CHECKING:
+    from . import TransformerLayer
 
-def takes_blocks(layer: nn.Module, x: torch.Tensor) -> bool:
+
+def takes_blocks(layer: "TransformerLayer", x: torch.Tensor) -> bool:
     """Whether the native operators do this layer: fp32 throughout, widths that they know, weights as they come."""
     dim = layer.qkv.in_features
     shape = x.dim() == 3 and x.shape[2] == dim and dim % 16 == 0 and 1 <= x.shape[1] <= MAX_FIELDS
@@ -24,7 +26,7 @@ def takes_blocks(layer: nn.Module, x: torch.Tensor) -> bool:
     return shape and heads and plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
 
 
-def layer_native(layer: nn.Module, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+def layer_native(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """The layer's forward, [B, F, D] -> [B, F, D], in two operators and, for post-norm, a LayerNorm at the end."""
     seeds = [as_seed(None, x.device) if dropout_p > 0.0 else None for _ in range(2)]
     pre, scale = layer.norm == "pre", (x.shape[2] // layer.num_heads) ** -0.5
@@ -33,10 +35,13 @@ def layer_native(layer: nn.Module, x: torch.Tensor, dropout_p: float) -> torch.T
     x, _, _ = torch.ops.ctr.attention_block(x.contiguous(), *norm, layer.qkv.weight, layer.qkv.bias, layer.out.weight,
                                             layer.out.bias, layer.num_heads, scale, dropout_p, seeds[0])
     second = layer.ffn_norm if pre else first
-    out = torch.ops.ctr.ffn_block(x.view(-1, x.shape[2]), second.weight, second.bias, second.eps, not pre,
+    out: torch.Tensor = torch.ops.ctr.ffn_block(x.view(-1, x.shape[2]), second.weight, second.bias, second.eps, not pre,
                                   layer.ffn_in.weight, layer.ffn_in.bias, layer.ffn_out.weight, layer.ffn_out.bias,
                                   list(ACTIVATIONS).index(layer.activation), dropout_p, seeds[1]).view(x.shape)
-    return out if pre else layer.ffn_norm(out)
+    if pre:
+        return out
+    normed: torch.Tensor = layer.ffn_norm(out)
+    return normed
 
 
 def _fake_attention(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
