@@ -52,6 +52,7 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile]] = {
     for arithmetic in ("half", "tf32", "tf32x3") for cc in CAPABILITIES
 }
 TILES["tf32", 90] = (Tile(64, 64, 8), Tile(64, 64, 8), Tile(32, 32, 8))  # with 64 outputs all loads are of 4 bytes
+TILES["tf32", 100] = TILES["tf32", 90]
 MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multiprocessor
 
 
