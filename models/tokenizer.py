@@ -135,8 +135,9 @@ class FeatureTokenizer(nn.Module):
         check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse)
         if history < 0:
             raise ValueError(f"history={history} is negative")
-        if dense == "piecewise" and len(numeric_edges or ()) != num_dense:
-            raise ValueError(f"numeric_edges has {len(numeric_edges or ())} lists; dense='piecewise' needs one for "
+        edges = numeric_edges or ()
+        if dense == "piecewise" and len(edges) != num_dense:
+            raise ValueError(f"numeric_edges has {len(edges)} lists; dense='piecewise' needs one for "
                              f"each of {num_dense} numeric features")
         self.num_dense, self.num_sparse, self.dense = num_dense, num_sparse, dense
         self.embedding_dropout = embedding_dropout
@@ -148,8 +149,7 @@ class FeatureTokenizer(nn.Module):
         elif dense == "periodic":
             self.numeric: nn.Module = Periodic(num_dense, dim)
         elif dense == "piecewise":
-            assert numeric_edges is not None
-            self.numeric = PiecewiseLinear(numeric_edges, dim)
+            self.numeric = PiecewiseLinear(edges, dim)
         else:
             self.dense_weight = uniform_vectors(num_dense, dim)
             self.dense_bias = uniform_vectors(num_dense, dim) if dense == "affine" else None

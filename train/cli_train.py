@@ -23,7 +23,7 @@ NAME = "ctr-train"
 @click.option("--data", type=click.Path(path_type=Path), help="Directory made by `ctr-data prepare`.  "
               "[default: synthetic rows, made on first use]")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), help="Hyperparameters by name; options below override "
-              "single ones.  [default: default]")
+              "single ones.  [default: small]")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/MODEL-TIME]")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the interrupted run in --out.")
 @click.option("--skip-if-done", is_flag=True, default=None, help="Print the result of the same run in --out if it is "

@@ -21,7 +21,7 @@ from .graph import CudaRecorder, choose_cuda_graph
 from .interrupt import Interrupt, exit_code
 from .loop import Trainer
 from .machine import choose_device, resolve_kernels, set_up_torch, versions
-from .recipes import resolve_recipe
+from .recipes import DEFAULT, resolve_recipe
 from .runlog import read_log, rows_per_second
 
 # Settings that an interrupted run takes anew when it goes on; all others must stay as they were.
@@ -95,7 +95,7 @@ def _model(request: Request) -> str:
 
 def _complete(request: Request) -> Request:
     """The request with every setting but the machine's filled in."""
-    recipe = request.recipe or "default"
+    recipe = request.recipe or DEFAULT
     model = _model(request)
     return Request(model, recipe, request.seed or 0, bool(request.deterministic),
                    resolve_recipe(recipe, model, request.hyperparameters))

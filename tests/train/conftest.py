@@ -91,7 +91,7 @@ def make_trainer(prepared, tmp_path, one_thread):
              recorder: Recorder | None = None, **settings) -> tuple:
         hyperparameters = {"batch_size": 32, "lr": 1e-3, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
         config = {
-            "model": model, **resolve_recipe("default", model, {**hyperparameters, **settings}), "kernels": "auto",
+            "model": model, **resolve_recipe("small", model, {**hyperparameters, **settings}), "kernels": "auto",
             "hash_bins": 1000, "total_steps": steps, "steps_in_epoch": steps,
         }
         torch.manual_seed(0)

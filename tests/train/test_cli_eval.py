@@ -20,6 +20,7 @@ from ctr_train import cli_eval, cli_train
 from ctr_train.checkpoint import load_checkpoint
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.dataset import open_split
+from ctr_train.data.prepare import prepare
 from ctr_train.data.protocol import is_validation
 from ctr_train.evaluate import predict
 from ctr_train.files import read_json
@@ -256,3 +257,21 @@ def test_ctrl_c_leaves_no_predictions(trained, gold_lines, tmp_path):
     assert process.communicate(timeout=60)[1].splitlines()[-1] == "ctr-eval: interrupted"
     assert process.returncode == 130
     assert [path.name for path in tmp_path.iterdir()] == ["raw.tsv"]
+
+
+def test_a_run_on_history_scores_raw_rows_from_its_own_directory(tmp_path, monkeypatch, capsys, evaluate, prepared):
+    raw = prepared.parent / "raw.tsv"
+    data, run = tmp_path / "history", tmp_path / "run"
+    prepare([raw], data, hash_bins=1000, split="tail", valid_ratio=0.1, min_count=5, history=True)
+    code, _, err = call(monkeypatch, capsys, cli_train, "--model", "dcnv2", "--numeric", "piecewise", "--data", data,
+                        "--out", run, "--batch-size", BATCH, "--steps-per-epoch", "5", "--kernels", "eager",
+                        "--device", "cpu")
+    assert code == 0, err
+    (tmp_path / "tail.tsv").write_bytes(b"".join(raw.read_bytes().splitlines(keepends=True)[-600:]))
+    shutil.rmtree(data)  # nothing of it is needed
+    code, out, err = evaluate(run, "--input", tmp_path / "tail.tsv", "--json")
+    assert code == 0, err
+    result, gold = json.loads(out), read_json(run / "gold.json")
+    assert {key: result[key] for key in METRICS} == {key: gold[key] for key in METRICS}
+    (run / "values.arrow").write_bytes(b"other")
+    assert "values.arrow has the SHA-256" in one_sentence(*evaluate(run, "--input", tmp_path / "tail.tsv"))

@@ -29,7 +29,8 @@ from ctr_train.evaluate import gold_report
 from ctr_train.recipes import HYPERPARAMETERS, resolve_recipe
 from ctr_train.runlog import read_log, rows_per_second
 
-QUICK = ("--model", "dcnv2", "--batch-size", "64", "--lr", "0.001", "--device", "cpu", "--threads", "1")
+QUICK = ("--model", "dcnv2", "--epochs", "1", "--batch-size", "64", "--lr", "0.001", "--device", "cpu",
+         "--threads", "1")
 COMMAND = [sys.executable, "-m", "ctr_train.cli_train"]
 
 
@@ -71,9 +72,9 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_result(finished, prepared
     assert sorted(path.name for path in directory.iterdir()) == [
         "artifacts.json", "best.pt", "config.json", "gold.json", "last.pt", "metrics.jsonl"]
     config, gold, log = read(directory / "config.json"), read(directory / "gold.json"), read_log(directory)
-    expected = resolve_recipe("default", "dcnv2", {"batch_size": 64, "lr": 0.001, "eval_every": 30})
+    expected = resolve_recipe("small", "dcnv2", {"epochs": 1, "batch_size": 64, "lr": 0.001, "eval_every": 30})
     assert {name: config[name] for name in HYPERPARAMETERS} == expected
-    assert (config["model"], config["recipe"], config["seed"], config["threads"]) == ("dcnv2", "default", 3, 1)
+    assert (config["model"], config["recipe"], config["seed"], config["threads"]) == ("dcnv2", "small", 3, 1)
     assert config["data"] == str(prepared) and config["device"] == "cpu"
     native = backends()["native"]
     row_backend = "native" if native.level and "sparse_update" in native.operations else "eager"
@@ -102,7 +103,7 @@ def test_the_table_ends_the_output(finished):
     directory, done = finished
     gold = read(directory / "gold.json")
     lines = done.stdout.splitlines()
-    assert lines[0].split(None, 1) == ["model", "dcnv2 (study), recipe default"]
+    assert lines[0].split(None, 1) == ["model", "dcnv2 (study), recipe small"]
     figures = {"logloss": f"{gold['logloss']:.4f}", "AUC": f"{gold['auc']:.4f}"}
     for name, value in figures.items():
         line = next(line for line in lines if line.startswith(name))

@@ -51,17 +51,17 @@ def test_every_recipe_is_within_range_for_every_model(name, model):
 ])
 def test_values_out_of_range_are_quoted_with_their_option(override, message):
     with pytest.raises(UserError, match=message):
-        resolve_recipe("default", "ft", override)
+        resolve_recipe("small", "ft", override)
 
 
 def test_pooling_is_not_ignored_for_models_without():
-    assert resolve_recipe("default", "ft", {"pooling": "mean"})["pooling"] == "mean"
+    assert resolve_recipe("small", "ft", {"pooling": "mean"})["pooling"] == "mean"
     with pytest.raises(UserError, match="--pooling mean: the model autoint has no choice of pooling"):
-        resolve_recipe("default", "autoint", {"pooling": "mean"})
+        resolve_recipe("small", "autoint", {"pooling": "mean"})
 
 
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(UserError, match="recipe 'best': choose one of baseline-v1, default, demo"):
+    with pytest.raises(UserError, match="recipe 'best': choose one of baseline-v1, small, full, demo"):
         resolve_recipe("best", "ft", {})
 
 
