@@ -40,8 +40,6 @@ class PiecewiseLinear(nn.Module):
     def __init__(self, edges: Sequence[Sequence[float]], dim: int) -> None:
         super().__init__()
         bins = max(1, *(len(of) - 1 for of in edges))
-        self.low: torch.Tensor
-        self.scale: torch.Tensor
         low, scale = torch.zeros(len(edges), bins), torch.zeros(len(edges), bins)
         for j, of in enumerate(edges):
             steps = torch.tensor(of, dtype=torch.float64).diff()
@@ -116,8 +114,6 @@ class FieldHistory(nn.Module):
         if [len(of) for of in moments] != [columns, columns]:
             raise ValueError(f"history_moments has lists of {[len(of) for of in moments]} numbers; 2 lists of "
                              f"{columns} are needed")
-        self.mean: torch.Tensor
-        self.scale: torch.Tensor
         mean, deviation = torch.tensor(moments, dtype=torch.float32)
         self.register_buffer("mean", mean)
         self.register_buffer("scale", torch.where(deviation > 0.0, 1.0 / deviation, 0.0))
