@@ -27,6 +27,7 @@ class Settings:
         providers: names chosen; empty means all.
         sweep: "batch" or "fields", what is varied; "" for one size.
         plot: PNG of the swept sizes.
+        seconds: time for the rounds of a measurement; None: the script's own.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Settings:
     json: Path | None = None
     csv: Path | None = None
     plot: Path | None = None
+    seconds: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +81,8 @@ class Settings:
     @property
     def budget(self) -> dict[str, Any]:
         """Of `compare`: a point of a sweep takes a few seconds, else a measurement takes twenty."""
-        return {"seconds": 5.0, "warmup": 1} if self.sweep else {}
+        budget: dict[str, Any] = {"seconds": 5.0, "warmup": 1} if self.sweep else {}
+        return budget if self.seconds is None else {**budget, "seconds": self.seconds}
 
     def finish(self, rows: Sequence[Row], floors: Floors | None = None) -> None:
         """Print the table, and write --json, --csv and --plot where they were asked for."""
@@ -116,11 +119,12 @@ def bench_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--json", type=file, help="Write the rows there as well.")
     @click.option("--csv", type=file, help="Write the rows there as well.")
     @click.option("--plot", type=file, help="Draw time against size there, as PNG; implies --sweep batch.")
+    @click.option("--seconds", type=click.FloatRange(min=0), help="Time for the rounds of a measurement.")
     @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: PyTorch's own choice.")
     @functools.wraps(command)
     def with_settings(*, device: str | None, providers: str, threads: int | None, precision: str, batch: int,
                       fields: int, dim: int, heads: int, backward: bool, sweep: str | None, json: Path | None,
-                      csv: Path | None, plot: Path | None, **others: Any) -> None:
+                      csv: Path | None, plot: Path | None, seconds: float | None, **others: Any) -> None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise click.BadParameter("PyTorch finds no GPU here", param_hint="--device")
@@ -131,6 +135,6 @@ def bench_options(command: Callable[..., None]) -> Callable[..., None]:
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
         names = tuple(name.strip() for name in providers.split(",") if name.strip())
         command(settings=Settings(torch.device(device), precision, batch, fields, dim, heads, backward, names,
-                                  sweep or ("batch" if plot else ""), json, csv, plot), **others)
+                                  sweep or ("batch" if plot else ""), json, csv, plot, seconds), **others)
 
     return with_settings
