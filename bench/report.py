@@ -87,8 +87,9 @@ def _machine(results: Results) -> str:
     """Device, threads, torch and commit, as all the files have them."""
     parts = {(m.device, m.threads, m.torch) for m, _ in results.values()}
     commits = sorted({m.commit for m, _ in results.values()})
+    loads = [m.load for m, _ in results.values()]
     return "; ".join(f"{device}, {threads} CPU threads, torch {torch}" for device, threads, torch in sorted(parts)) + (
-        f"; commit {', '.join(commits)}")
+        f"; commit {', '.join(commits)}; load before: {min(loads):.1f} to {max(loads):.1f}")
 
 
 def full(everything: dict[str, Results]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ HEADINGS = {"kernel": "", "x": "", "mode": "", "provider": "provider", "p20": "p
             "fp64_error": "error to fp64", "version": "version", "note": "note"}
 DECIMALS = {"ratio": 2, "rows_per_s": 0, "gbps": 1, "gflops": 1, "percent_of_floor": 0, "computed_mb": 1,
             "memory_mb": 1}
+LOAD = os.getloadavg()[0]
 Device = torch.device  # a field of Machine is called torch
 
 
@@ -70,6 +72,7 @@ class Machine:
 
     Attributes:
         device: name of the GPU or processor; threads: CPU threads; commit: of the checkout.
+        load: how many programs ran or waited when this one began, a mean of one minute; 0 on a quiet machine.
         mm_gflops, copy_gbps: the floors measured in the same process, in GFLOP/s and GB/s; 0 if they were not.
     """
 
@@ -79,17 +82,19 @@ class Machine:
     cuda: str
     python: str
     commit: str
+    load: float = 0.0
     mm_gflops: float = 0.0
     copy_gbps: float = 0.0
 
     @classmethod
     def of(cls, device: Device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
         return cls(device_name(device), torch.get_num_threads(), str(torch.__version__), torch.version.cuda or "",
-                   platform.python_version(), _commit(), mm_gflops, copy_gbps)
+                   platform.python_version(), _commit(), LOAD, mm_gflops, copy_gbps)
 
     def __str__(self) -> str:
         floors = f", mm {self.mm_gflops:,.0f} GFLOP/s, copy {self.copy_gbps:,.1f} GB/s" if self.mm_gflops else ""
-        return f"{self.device}, {self.threads} CPU threads{floors}, torch {self.torch}, commit {self.commit}"
+        return (f"{self.device}, {self.threads} CPU threads, load {self.load:.1f} before{floors}, torch {self.torch}, "
+                f"commit {self.commit}")
 
 
 def device_name(device: torch.device) -> str:

@@ -195,7 +195,7 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
 
 ROWS = [Row("attention", "ours", "forward", "B=4096", 20.0, 21.5, 23.0, 1.0, 5.0, 35.0, 37.0, fp64_error=3e-7),
         Row("attention", "eager", "forward", "B=4096", note="out of memory")]
-MACHINE = Machine("CPU", 2, "2.13", "", "3.11", "abc", 180.0, 29.0)
+MACHINE = Machine("CPU", 2, "2.13", "", "3.11", "abc", 0.5, 180.0, 29.0)
 
 
 def test_rows_are_written_whole(tmp_path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import report
 from common.records import Machine, Row, write_json
 
-MACHINE = Machine("A CPU", 2, "2.13", "", "3.11", "abc1234", 180.0, 29.0)
+MACHINE = Machine("A CPU", 2, "2.13", "", "3.11", "abc1234", 0.5, 180.0, 29.0)
 ATTENTION = {"kernel": "field_attention", "x": "B=4096 F=27 D=64 H=4 fp32"}
 ROWS = [
     Row(**ATTENTION, provider="ours", mode="forward", p20=8.0, p50=8.4, p80=9.0, ratio=1.0),
@@ -30,7 +30,7 @@ def test_pictures_that_are_shown_are_there(path: Path) -> None:
 def test_summary_names_the_fastest_rival_and_plain_pytorch() -> None:
     text = report.summary({"cpu": {"attn": (MACHINE, ROWS)}})
     assert "| attention, forward | 8.4 ms | 4.9x | sdpa | 10.2x |" in text
-    assert "`cpu`: A CPU, 2 CPU threads, torch 2.13; commit abc1234." in text
+    assert "`cpu`: A CPU, 2 CPU threads, torch 2.13; commit abc1234; load before: 0.5 to 0.5." in text
     assert "FFN" not in text  # nothing was measured of it
 
 
