@@ -1,17 +1,17 @@
 // One pass over sorted (id, position) pairs: the duplicates of a row are summed, then the row is read and written
-// once. Rows come in random order, so those a few pairs ahead are prefetched.
+// once. Rows come in random order, so those some pairs ahead are prefetched.
 #pragma once
 #include <cmath>
 
 #include "convert.h"
 #include "kernels.h"
 #include "philox_vector.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace ctr {
 namespace CTR_ISA {
 
-constexpr int64_t kAhead = 8;        // pairs; more of them lose lines again before they are used
 constexpr int64_t kMaxRowFloats = 1024;  // of a row worked on at a time, so that its sums fit on the stack
 
 inline int64_t id_of(uint64_t pair) { return static_cast<int64_t>(pair >> 32); }
@@ -22,18 +22,38 @@ inline char* element(const void* data, Type type, int64_t index) {
   return const_cast<char*>(static_cast<const char*>(data)) + index * size_of(type);
 }
 
-// Always inlined: GCC takes a function that only prefetches for one without effect, and drops the call.
-__attribute__((always_inline)) inline void prefetch(const char* from, int64_t bytes, bool write) {
-  for (int64_t b = 0; b < bytes; b += 64) {
-    if (write) __builtin_prefetch(from + b, 1, 3);
-    else __builtin_prefetch(from + b, 0, 3);
-  }
+__attribute__((always_inline)) inline void prefetch_row(const void* data, Type type, int64_t row, int64_t dim) {
+  prefetch(element(data, type, row * dim), dim * size_of(type));
 }
 
-__attribute__((always_inline)) inline void prefetch_row(const void* data, Type type, int64_t row, int64_t dim,
-                                                        bool write) {
-  prefetch(element(data, type, row * dim), dim * size_of(type), write);
-}
+// What the update of the pairs ahead of the one at hand will touch is fetched once, through runs of any length.
+template <RowRule rule>
+class Ahead {
+ public:
+  Ahead(const RowUpdate& args, const uint64_t* sorted, int64_t n)
+      : args_(args), next_(sorted), end_(sorted + n), pairs_(rows_ahead(args.dim * size_of(args.rows_type))) {}
+  __attribute__((always_inline)) void of(const uint64_t* pair) {
+    const uint64_t* stop = end_ - pair > pairs_ ? pair + pairs_ + 1 : end_;
+    for (; next_ < stop; ++next_) fetch(id_of(*next_), position_of(*next_));
+  }
+
+ private:
+  __attribute__((always_inline)) void fetch(int64_t id, int64_t position) {
+    prefetch_row(args_.rows, args_.rows_type, position, args_.dim);
+    if (id == fetched_) return;
+    fetched_ = id;
+    prefetch_row(args_.weight, args_.weight_type, id, args_.dim);
+    if (rule == RowRule::rowwise_adagrad) __builtin_prefetch(static_cast<float*>(args_.first) + id, 0, 2);
+    if (rule == RowRule::adagrad || rule == RowRule::lazy_adam)
+      prefetch_row(args_.first, args_.state_type, id, args_.dim);
+    if (rule == RowRule::lazy_adam) prefetch_row(args_.second, args_.state_type, id, args_.dim);
+    if (args_.last != nullptr) __builtin_prefetch(args_.last + id, 0, 2);
+  }
+
+  const RowUpdate& args_;
+  const uint64_t *next_, *end_;
+  int64_t pairs_, fetched_ = -1;
+};
 
 // 16 bits for each of the columns [first, first + width) of a row, as rule.py draws them; first is a multiple of 8,
 // and out has room for width rounded up to a multiple of 8 kPairs.
@@ -94,14 +114,16 @@ class RowPart {
 
 // The sum of the run's rows, columns [first, first + width), in fp32, in order of position: the row itself where it is
 // the only one and fp32, else out.
-inline const float* sum_run(const RowUpdate& args, const uint64_t* run, int64_t length, int64_t first, int64_t width,
-                            float* out) {
+template <RowRule rule>
+const float* sum_run(const RowUpdate& args, Ahead<rule>& ahead, const uint64_t* run, int64_t length, int64_t first,
+                     int64_t width, float* out) {
+  ahead.of(run);
   const auto at = [&](int64_t i) { return element(args.rows, args.rows_type, position_of(run[i]) * args.dim + first); };
   if (args.rows_type == Type::f32 && length == 1) return reinterpret_cast<const float*>(at(0));
   if (args.rows_type == Type::f32) std::memcpy(out, at(0), width * sizeof(float));
   else read_rows(Type::bf16, at(0), 0, 1, width, out, width);
   for (int64_t i = 1; i < length; ++i) {
-    if (i + kAhead < length) prefetch(at(i + kAhead), width * size_of(args.rows_type), false);
+    ahead.of(run + i);
     if (args.rows_type == Type::bf16) {
       const auto* row = reinterpret_cast<const uint16_t*>(at(i));
       for (int64_t c = 0; c < width; ++c) out[c] += from_bf16(row[c]);
@@ -131,12 +153,13 @@ inline float sum_of_squares(const float* grad, int64_t width) {
 }
 
 // The step of rowwise Adagrad, after the squares of all columns are known; grad: the sum of the last columns.
-inline float rowwise_step(const RowUpdate& args, const uint64_t* run, int64_t length, float* sum,
-                          const float*& grad) {
+template <RowRule rule>
+float rowwise_step(const RowUpdate& args, Ahead<rule>& ahead, const uint64_t* run, int64_t length, float* sum,
+                   const float*& grad) {
   float squares = 0.0f;
   for (int64_t first = 0; first < args.dim; first += kMaxRowFloats) {
     const int64_t width = args.dim - first < kMaxRowFloats ? args.dim - first : kMaxRowFloats;
-    grad = sum_run(args, run, length, first, width, sum);
+    grad = sum_run(args, ahead, run, length, first, width, sum);
     squares += sum_of_squares(grad, width);
   }
   float& total = static_cast<float*>(args.first)[id_of(run[0])];
@@ -152,15 +175,15 @@ inline float keep_of(const RowUpdate& args, int64_t id) {
 }
 
 template <RowRule rule>
-void update_row(const RowUpdate& args, const uint64_t* run, int64_t length) {
+void update_row(const RowUpdate& args, Ahead<rule>& ahead, const uint64_t* run, int64_t length) {
   const int64_t id = id_of(run[0]);
   alignas(64) float sum[kMaxRowFloats];
   const float keep = keep_of(args, id);
   const float* grad = nullptr;
-  const float step = rule == RowRule::rowwise_adagrad ? rowwise_step(args, run, length, sum, grad) : args.rate;
+  const float step = rule == RowRule::rowwise_adagrad ? rowwise_step(args, ahead, run, length, sum, grad) : args.rate;
   for (int64_t first = 0; first < args.dim; first += kMaxRowFloats) {
     const int64_t width = args.dim - first < kMaxRowFloats ? args.dim - first : kMaxRowFloats;
-    if (grad == nullptr || args.dim > kMaxRowFloats) grad = sum_run(args, run, length, first, width, sum);
+    if (grad == nullptr || args.dim > kMaxRowFloats) grad = sum_run(args, ahead, run, length, first, width, sum);
     RowPart row(args, args.weight, args.weight_type, 0, id, first, width);
     float* __restrict weight = row.values();
     if constexpr (rule == RowRule::adagrad) {
@@ -190,21 +213,11 @@ void update_row(const RowUpdate& args, const uint64_t* run, int64_t length) {
 
 template <RowRule rule>
 void update_rows_by(const RowUpdate& args, const uint64_t* sorted, int64_t n) {
-  constexpr bool elementwise = rule == RowRule::adagrad || rule == RowRule::lazy_adam;
-  int64_t fetched = 0;
+  Ahead<rule> ahead(args, sorted, n);
   for (int64_t first = 0; first < n;) {
-    for (; fetched < n && fetched <= first + kAhead; ++fetched) {
-      const int64_t id = id_of(sorted[fetched]);
-      prefetch_row(args.rows, args.rows_type, position_of(sorted[fetched]), args.dim, false);
-      prefetch_row(args.weight, args.weight_type, id, args.dim, true);
-      if (rule == RowRule::rowwise_adagrad) __builtin_prefetch(static_cast<float*>(args.first) + id, 1, 3);
-      if (elementwise) prefetch_row(args.first, args.state_type, id, args.dim, true);
-      if (rule == RowRule::lazy_adam) prefetch_row(args.second, args.state_type, id, args.dim, true);
-      if (args.last != nullptr) __builtin_prefetch(args.last + id, 1, 3);
-    }
     int64_t last = first + 1;
     while (last < n && id_of(sorted[last]) == id_of(sorted[first])) ++last;
-    update_row<rule>(args, sorted + first, last - first);
+    update_row(args, ahead, sorted + first, last - first);
     first = last;
   }
 }

@@ -3,10 +3,19 @@
 #include <cstring>
 #include <memory>
 
+#include "prefetch.h"
 #include "tensor_args.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace ctr {
 namespace {
+
+// Bytes of a lookup's output from which it is written around the caches: they then keep the rows that come again, and
+// no line of the output is read before it is overwritten. Even with a read of all of it afterwards that is faster.
+constexpr int64_t kStreamed = int64_t{4} << 20;
 
 // int32 or int64 ids, contiguous.
 struct Ids {
@@ -117,6 +126,23 @@ int64_t run_start(const SortedIds& sorted, int64_t i) {
   return i;
 }
 
+// Copies a row, of a multiple of 16 bytes, around the caches.
+void stream(char* to, const char* from, int64_t bytes) {
+#if defined(__SSE2__)
+  for (int64_t b = 0; b < bytes; b += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + b), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b)));
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+// Before other threads may read what was streamed.
+void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Checks a state tensor that a rule keeps, and gives its memory.
 template <class T>
 T* state_of(const std::optional<Tensor>& state, std::initializer_list<int64_t> shape, const char* name) {
@@ -145,12 +171,17 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
   const int64_t dim = weight.size(1), bytes = dim * static_cast<int64_t>(weight.element_size());
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  const bool streams = !widen && bytes % 16 == 0 && all.count * bytes >= kStreamed;
+  const int64_t ahead = rows_ahead(bytes);
   torch::stable::parallel_for(0, all.count, 512, [&](int64_t first, int64_t last) {
-    constexpr int64_t kAhead = 16;
+    for (int64_t i = first; i < std::min(first + ahead, last); ++i) prefetch(from + all[i] * bytes, bytes);
     for (int64_t i = first; i < last; ++i) {
-      if (i + kAhead < last)
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + all[i + kAhead] * bytes + b, 0, 3);
+      if (i + ahead < last) prefetch(from + all[i + ahead] * bytes, bytes);
       const char* row = from + all[i] * bytes;
+      if (streams) {
+        stream(to + i * bytes, row, bytes);
+        continue;
+      }
       if (!widen) {
         std::memcpy(to + i * bytes, row, bytes);
         continue;
@@ -159,6 +190,7 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
       auto* wide = reinterpret_cast<uint32_t*>(to) + i * dim;
       for (int64_t c = 0; c < dim; ++c) wide[c] = static_cast<uint32_t>(packed[c]) << 16;
     }
+    if (streams) finish_streams();
   });
   return out;
 }
