@@ -13,7 +13,7 @@ inline __attribute__((always_inline)) int64_t rows_ahead(int64_t bytes) {
 }
 
 // Into the second-level cache, for reading as for writing: many more lines can be under way to it than to the first,
-// which makes lookups of random rows a third shorter. Always inlined: GCC takes a function that only prefetches for
+// which takes a fifth off an update of random rows. Always inlined: GCC takes a function that only prefetches for
 // one without effect, and drops the call.
 inline __attribute__((always_inline)) void prefetch(const char* from, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + b, 0, 2);

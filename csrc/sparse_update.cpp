@@ -14,7 +14,7 @@ namespace ctr {
 namespace {
 
 // Bytes of a lookup's output from which it is written around the caches: they then keep the rows that come again, and
-// no line of the output is read before it is overwritten. Even with a read of all of it afterwards that is faster.
+// no line of the output is read before it is overwritten.
 constexpr int64_t kStreamed = int64_t{4} << 20;
 
 // int32 or int64 ids, contiguous.

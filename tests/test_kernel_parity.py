@@ -192,8 +192,8 @@ def id_batches(num_rows: int) -> list[torch.Tensor]:
 def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int) -> None:
     torch.manual_seed(7)
     for ids in id_batches(num_rows):
-        if ids.numel() * dim > 1e7 or (name in ("adagrad", "lazy-adam") and len(ids) > 300):
-            ids = ids[:100]
+        most = 7e6 if name == "sgd" and dim == 64 else 1.5e6  # elements: the references take nearly all of the time
+        ids = ids[:int(most / 26 / dim)]
         table = EmbeddingTable(num_rows, dim, std=1.0, kernels=fused)
         optimizer = OPTIMIZERS[name](table.parameters(), lr=0.1, kernels=fused)
         before, rows = table.weight.detach().clone(), torch.randn(*ids.shape, dim)
