@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ctr_kernels import TransformerLayer, field_attention
 
-from .base import CTRModel, LogitLinear, study_head
+from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
 from .tokenizer import FeatureTokenizer
 
@@ -35,6 +35,8 @@ class AutoInt(CTRModel):
             (study), "scaled" (paper).
         history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
+        shortcut: a second way from the tokens to the logit, past the layers, "none", "linear" or "mlp"; see
+            logit_shortcut.
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
     forward: dense [B, num_dense + history * num_sparse] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
@@ -65,6 +67,7 @@ class AutoInt(CTRModel):
         history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         embedding_std: float = 0.01,
+        shortcut: str = "none",
         kernels: str = "auto",
     ) -> None:
         super().__init__()
@@ -105,13 +108,15 @@ class AutoInt(CTRModel):
                 for _ in range(num_layers)
             )
             self.head = study_head(dim, dropout)
+        self.shortcut = logit_shortcut(shortcut, dim * num_tokens, dropout)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
-        x = self.tokenizer(dense, sparse)
+        tokens = x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x.flatten(1) if self.flatten else x.mean(dim=1))
+        logits = self.head(x.flatten(1) if self.flatten else x.mean(dim=1))
+        return logits if self.shortcut is None else logits + self.shortcut(tokens)
 
 
 class InteractingLayer(nn.Module):

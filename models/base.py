@@ -1,5 +1,6 @@
 """What the three models share: which optimizer takes which parameter, and the last layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable
+
+from .checks import check_choice
+
+SHORTCUTS = ("none", "linear", "mlp")
 
 
 class CTRModel(nn.Module):
@@ -69,3 +74,27 @@ def study_head(dim: int, dropout: float) -> nn.Sequential:
     norm comes after the pooling: the same for a CLS token, and one row instead of 27 for the mean.
     """
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), LogitLinear(dim))
+
+
+def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequential:
+    """[B, dims[0]] -> [B, dims[-1]]: Linear, BatchNorm if wanted, ReLU, dropout for each step."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(dims, dims[1:], strict=False):
+        layers.append(nn.Linear(inputs, outputs))
+        if batch_norm:
+            layers.append(nn.BatchNorm1d(outputs))
+        layers += [nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+def logit_shortcut(shortcut: str, width: int, dropout: float) -> nn.Sequential | None:
+    """A second way from the tokens [B, F, dim], before any layer, to the logit [B]; None for "none".
+
+    "linear": LogitLinear(F dim), as the wide part of Wide & Deep (Cheng et al. 2016). "mlp": DCNv2's MLP 256-128-64,
+    then LogitLinear, as AutoInt+ joins a feed-forward network (Song et al. 2019).
+    """
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    if shortcut == "none":
+        return None
+    widths = [width, 256, 128, 64] if shortcut == "mlp" else [width]
+    return nn.Sequential(nn.Flatten(), *mlp(widths, batch_norm=False, dropout=dropout), LogitLinear(widths[-1]))

@@ -8,7 +8,7 @@ from torch import nn
 from ctr_kernels import low_rank_cross
 from ctr_kernels.backend import on_triton
 
-from .base import CTRModel, LogitLinear
+from .base import CTRModel, LogitLinear, mlp
 from .checks import check_choice, check_dropout, check_inputs, check_positive
 from .tokenizer import FeatureTokenizer, FieldEmbedding
 
@@ -193,14 +193,3 @@ class LowRankCross(nn.Module):
                 hidden = torch.tanh(torch.stack([c(h) for c, h in zip(self.inner, projected, strict=True)], dim=1))
             hidden = (torch.softmax(self.gate(x), dim=-1).unsqueeze(-1) * hidden).flatten(1)
         return x0 * self.v(hidden) + x
-
-
-def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequential:
-    """[B, dims[0]] -> [B, dims[-1]]: Linear, BatchNorm if wanted, ReLU, dropout for each step."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in zip(dims, dims[1:], strict=False):
-        layers.append(nn.Linear(inputs, outputs))
-        if batch_norm:
-            layers.append(nn.BatchNorm1d(outputs))
-        layers += [nn.ReLU(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ctr_kernels import TransformerLayer, field_attention
 
-from .base import CTRModel, LogitLinear, study_head
+from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
 from .tokenizer import FeatureTokenizer
 
@@ -36,6 +36,8 @@ class FTTransformer(CTRModel):
         history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings; None means 0.01 (study),
             1 / sqrt(3 dim) (paper: that of its uniform initialisation; drawn from a normal here).
+        shortcut: a second way from the tokens to the logit, past the layers, "none", "linear" or "mlp"; see
+            logit_shortcut.
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
     forward: dense [B, num_dense + history * num_sparse] float, sparse [B, num_sparse] int32 or int64 -> logits [B].
@@ -66,6 +68,7 @@ class FTTransformer(CTRModel):
         history_moments: Sequence[Sequence[float]] | None = None,
         embedding_dropout: float = 0.0,
         embedding_std: float | None = None,
+        shortcut: str = "none",
         kernels: str = "auto",
     ) -> None:
         super().__init__()
@@ -106,13 +109,15 @@ class FTTransformer(CTRModel):
                 for _ in range(num_layers)
             )
             self.head = study_head(dim, dropout)
+        self.shortcut = logit_shortcut(shortcut, dim * self.tokenizer.num_tokens, dropout)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
-        x = self.tokenizer(dense, sparse)
+        tokens = x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x[:, 0] if self.pooling == "cls" else x.mean(dim=1))
+        logits = self.head(x[:, 0] if self.pooling == "cls" else x.mean(dim=1))
+        return logits if self.shortcut is None else logits + self.shortcut(tokens)
 
 
 class ReGLUBlock(nn.Module):

@@ -15,7 +15,7 @@ from .files import atomic_path
 from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
-VERSION = 1
+VERSION = 2
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 
@@ -100,7 +100,7 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
     """The model that a run's config describes, newly initialised, on the CPU.
 
     Args:
-        config: "model", MODEL_ARGUMENTS and "embedding_dtype"; "pooling" for "ft".
+        config: "model", MODEL_ARGUMENTS and "embedding_dtype"; "pooling" for "ft", "shortcut" for "ft" and "autoint".
         artifacts: of the data: hash bins, numeric features with their bins, and history.
         kernels: "auto", "eager", "native" or "triton".
 
@@ -112,6 +112,8 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
     arguments = {key: config[key] for key in MODEL_ARGUMENTS}
     if name == "ft":
         arguments["pooling"] = config["pooling"]
+    if name != "dcnv2":
+        arguments["shortcut"] = config["shortcut"]
     try:
         model = MODELS[name](num_embeddings=artifacts.hash_bins, num_dense=artifacts.num_numeric,
                              numeric_edges=artifacts.numeric_edges, history=artifacts.num_statistics,

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ctr_models import MODELS
+from ctr_models.base import SHORTCUTS
 from ctr_models.numeric import NUMERIC_MODES
 
 from .command import run_command
@@ -44,6 +45,8 @@ NAME = "ctr-train"
 @click.option("--dropout", type=float, help="Probability of dropping a unit, in [0, 1).")
 @click.option("--embedding-dropout", type=float, help="Probability of leaving a field's embedding out, in [0, 1).")
 @click.option("--pooling", type=click.Choice(["cls", "mean"]), help="FT-Transformer: what the head reads.")
+@click.option("--shortcut", type=click.Choice(SHORTCUTS), help="FT-Transformer, AutoInt: from the tokens to the logit, "
+              "past the layers.")
 @click.option("--variant", type=click.Choice(["study", "paper"]), help="The baseline study's form of the model, or its "
               "paper's.")
 @click.option("--tables", type=click.Choice(["shared", "per-field"]), help="One embedding table, or one a field.")

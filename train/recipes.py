@@ -22,8 +22,8 @@ class Recipe:
             costs 4 bytes a row.
         embedding_dtype: "fp32" or "bf16", of the tables in memory; updates are fp32, rounded stochastically to bf16.
         schedule, warmup: of both learning rates; warmup in steps, or below 1 as a share of all steps.
-        dropout, embedding_dropout, pooling, variant, tables, numeric: arguments of the model (pooling: FT-Transformer
-            only).
+        dropout, embedding_dropout, pooling, shortcut, variant, tables, numeric: arguments of the model (pooling:
+            FT-Transformer only; shortcut: not DCNv2).
         precision: "fp32", "tf32" or "bf16".
         eval_every: steps between evaluations on validation rows, and one after the last step; 0: none, the last
             weights are the result.
@@ -45,6 +45,7 @@ class Recipe:
     dropout: float = 0.1
     embedding_dropout: float = 0.0
     pooling: str = "cls"
+    shortcut: str = "none"
     variant: str = "study"
     tables: str = "shared"
     numeric: str | None = None
@@ -65,7 +66,9 @@ RECIPES: dict[str, Recipe] = {
     # Up to a few million rows, prepared with --history --min-count 10. Two passes, in which the history teaches and the
     # rows of the tables can hardly learn single rows by heart: they move slowly, and a fifth of them is left out.
     "small": Recipe(epochs=2, batch_size=512, lr=4e-3, embedding_lr=0.005, schedule="linear", warmup=0.1, dropout=0.1,
-                    embedding_dropout=0.2, numeric="affine", by_model={"dcnv2": {"dropout": 0.3}}),
+                    embedding_dropout=0.2, numeric="affine",
+                    by_model={"dcnv2": {"dropout": 0.3}, "autoint": {"dropout": 0.3, "shortcut": "mlp"},
+                              "ft": {"lr": 2e-3, "dropout": 0.3, "shortcut": "mlp", "pooling": "mean"}}),
     # The 45 million rows of Criteo in one pass: reasoned from the others, not measured. Rows come often enough for a
     # table that learns faster, and a larger batch takes less time.
     "full": replace(_ONE_PASS, batch_size=4096, numeric="affine"),
@@ -79,12 +82,15 @@ HYPERPARAMETERS = tuple(f.name for f in fields(Recipe) if f.name != "by_model")
 def resolve_recipe(name: str, model: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Every hyperparameter of a run: the recipe's, the recipe's for that model, then overrides that are not None.
 
-    Raises UserError for an unknown recipe, for values out of range and for a pooling of a model that has none.
+    Raises UserError for an unknown recipe, for values out of range and for a pooling or shortcut of a model that has
+    none.
     """
     if name not in RECIPES:
         raise UserError(f"recipe {name!r}: choose one of {', '.join(RECIPES)}")
     if model != "ft" and overrides.get("pooling") is not None:
         raise UserError(f"--pooling {overrides['pooling']}: the model {model} has no choice of pooling, only ft has")
+    if model == "dcnv2" and overrides.get("shortcut") is not None:
+        raise UserError(f"--shortcut {overrides['shortcut']}: the model dcnv2 has none, only ft and autoint have")
     recipe = RECIPES[name]
     given = {key: value for key, value in overrides.items() if value is not None}
     resolved = replace(recipe, **{**recipe.by_model.get(model, {}), **given})

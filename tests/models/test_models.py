@@ -13,10 +13,12 @@ CASES = {
     "ft-cls": (FTTransformer, {}),
     "ft-mean": (FTTransformer, {"pooling": "mean"}),
     "ft-39": (FTTransformer, {"numeric": "affine"}),
+    "ft-shortcut": (FTTransformer, {"shortcut": "mlp", "pooling": "mean"}),
     "ft-paper": (FTTransformer, {"variant": "paper"}),
     "ft-paper-27": (FTTransformer, {"variant": "paper", "numeric": "token"}),
     "autoint": (AutoInt, {}),
     "autoint-39": (AutoInt, {"numeric": "affine"}),
+    "autoint-shortcut": (AutoInt, {"shortcut": "linear"}),
     "autoint-paper": (AutoInt, {"variant": "paper", "dim": 16, "attention_dim": 64}),
     "dcnv2": (DCNv2, {}),
     "dcnv2-experts": (DCNv2, {"num_experts": 4}),
@@ -185,6 +187,25 @@ def test_kernels_reach_every_operation(case, make_batch, monkeypatch):
     assert set(seen) <= {"eager"}
     if build().__class__ is not DCNv2 and "TransformerLayer" not in {type(m).__name__ for m in model.modules()}:
         assert len(seen) == 3
+
+
+@pytest.mark.parametrize("model_class", [FTTransformer, AutoInt])
+@pytest.mark.parametrize("variant", ["study", "paper"])
+@pytest.mark.parametrize("shortcut", ["linear", "mlp"])
+def test_a_shortcut_is_added_to_the_logits(make_batch, affine, model_class, variant, shortcut):
+    model = model_class(num_embeddings=1000, variant=variant, shortcut=shortcut, embedding_std=1.0).double().eval()
+    batch = make_batch(4, dtype=torch.float64)
+    with torch.no_grad():
+        logits, x = model(*batch), model.tokenizer(*batch).flatten(1)
+        *hidden, last = [module for module in model.shortcut if isinstance(module, torch.nn.Linear)]
+        for linear in hidden:
+            x = affine(x, linear).clamp_min(0.0)
+        assert [linear.out_features for linear in hidden] == ([256, 128, 64] if shortcut == "mlp" else [])
+        model.shortcut = None
+        expected = model(*batch) + affine(x, last).squeeze(1)
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-10)
+    with pytest.raises(ValueError, match="shortcut='wide': choose one of none, linear, mlp"):
+        model_class(num_embeddings=1000, shortcut="wide")
 
 
 def test_arguments_are_keywords_that_a_command_line_can_share():

@@ -15,7 +15,8 @@ from ctr_train.optim import make_optimizers
 from ctr_train.schedule import make_schedulers
 
 CONFIG = {"model": "dcnv2", "hash_bins": 100, "variant": "study", "dropout": 0.1, "tables": "shared",
-          "numeric": None, "embedding_dropout": 0.0, "pooling": "cls", "embedding_dtype": "fp32"}
+          "numeric": None, "embedding_dropout": 0.0, "pooling": "cls", "shortcut": "none",
+          "embedding_dtype": "fp32"}
 
 ARTIFACTS = Artifacts(hash_bins=100, numeric_edges=[[0.0, 1.0, 2.0]] * 13)
 
@@ -59,7 +60,7 @@ def test_reads_back_what_was_saved(save, tmp_path, prepared):
 @pytest.mark.parametrize(("name", "key", "value"), [
     ("ft", "pooling", "mean"), ("ft", "variant", "paper"), ("autoint", "numeric", "affine"),
     ("dcnv2", "numeric", "piecewise"), ("dcnv2", "tables", "per-field"), ("ft", "dropout", 0.3),
-    ("dcnv2", "embedding_dtype", "bf16"),
+    ("dcnv2", "embedding_dtype", "bf16"), ("ft", "shortcut", "mlp"), ("autoint", "shortcut", "linear"),
 ])
 def test_the_config_decides_the_model(name, key, value):
     config = {**CONFIG, "model": name}
@@ -121,8 +122,8 @@ class Trap:
 def test_a_version_of_the_future_is_refused(save, tmp_path):
     path = tmp_path / "last.pt"
     save(path)
-    torch.save({**load_checkpoint(path), "version": 2}, path)
-    with pytest.raises(UserError, match="has checkpoint version 2; this program reads version 1"):
+    torch.save({**load_checkpoint(path), "version": 3}, path)
+    with pytest.raises(UserError, match="has checkpoint version 3; this program reads version 2"):
         load_checkpoint(path)
 
 

@@ -19,7 +19,8 @@ def test_baseline_v1_is_the_studys():
         "epochs": 2, "steps_per_epoch": 2000, "batch_size": 4096, "lr": 1e-3, "weight_decay": 0.01,
         "embedding_lr": 0.01, "embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "embedding_dtype": "fp32",
         "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "embedding_dropout": 0.0, "pooling": "cls",
-        "variant": "study", "tables": "shared", "numeric": None, "precision": "fp32", "eval_every": 0, "patience": 0,
+        "shortcut": "none", "variant": "study", "tables": "shared", "numeric": None, "precision": "fp32",
+        "eval_every": 0, "patience": 0,
     }
 
 
@@ -54,10 +55,13 @@ def test_values_out_of_range_are_quoted_with_their_option(override, message):
         resolve_recipe("small", "ft", override)
 
 
-def test_pooling_is_not_ignored_for_models_without():
+def test_pooling_and_shortcut_are_not_ignored_for_models_without():
     assert resolve_recipe("small", "ft", {"pooling": "mean"})["pooling"] == "mean"
     with pytest.raises(UserError, match="--pooling mean: the model autoint has no choice of pooling"):
         resolve_recipe("small", "autoint", {"pooling": "mean"})
+    assert resolve_recipe("small", "autoint", {"shortcut": "mlp"})["shortcut"] == "mlp"
+    with pytest.raises(UserError, match="--shortcut mlp: the model dcnv2 has none"):
+        resolve_recipe("small", "dcnv2", {"shortcut": "mlp"})
 
 
 def test_an_unknown_recipe_is_refused():
