@@ -93,6 +93,8 @@ def resolve_recipe(name: str, model: str, overrides: Mapping[str, Any]) -> dict[
         raise UserError(f"--shortcut {overrides['shortcut']}: the model dcnv2 has none, only ft and autoint have")
     recipe = RECIPES[name]
     given = {key: value for key, value in overrides.items() if value is not None}
+    if given.get("variant") == "paper":
+        given.setdefault("pooling", "cls")  # the recipes' is for the study's form; the paper's reads its CLS token
     resolved = replace(recipe, **{**recipe.by_model.get(model, {}), **given})
     values = {key: getattr(resolved, key) for key in HYPERPARAMETERS}
     _check(values)

@@ -64,6 +64,12 @@ def test_pooling_and_shortcut_are_not_ignored_for_models_without():
         resolve_recipe("small", "dcnv2", {"shortcut": "mlp"})
 
 
+def test_the_papers_form_reads_its_own_token_unless_another_is_asked_for():
+    assert resolve_recipe("small", "ft", {})["pooling"] == "mean"
+    assert resolve_recipe("small", "ft", {"variant": "paper"})["pooling"] == "cls"
+    assert resolve_recipe("small", "ft", {"variant": "paper", "pooling": "mean"})["pooling"] == "mean"
+
+
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(UserError, match="recipe 'best': choose one of baseline-v1, small, full, demo"):
         resolve_recipe("best", "ft", {})
