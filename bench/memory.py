@@ -33,7 +33,7 @@ def layer_rows(name: str, s: Settings) -> Iterator[Row]:
 
     def kind(tensor: torch.Tensor) -> str:
         """By size; copies of Q, K and V for each head have tokens' size, but the head's width as a dimension."""
-        if tensor.untyped_storage().nbytes() == 12 * token or DIM // HEADS in tensor.shape[-2:]:
+        if tensor.numel() == 3 * token or DIM // HEADS in tensor.shape[-2:]:
             return "Q, K, V"
         return {one_copy["attention map"]: "attention map", one_copy["FFN hidden"]: "FFN hidden",
                 token: "tokens"}.get(tensor.numel(), "rest")
