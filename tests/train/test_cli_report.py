@@ -119,7 +119,7 @@ def test_undefined_metrics_are_a_dash(report, tmp_path):
 def test_a_run_of_ctr_train_is_read(report, tmp_path, prepared, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
         "ctr-train", "--model", "dcnv2", "--data", str(prepared), "--out", "dcnv2", "--batch-size", "256",
-        "--steps-per-epoch", "10", "--eval-every", "5", "--kernels", "eager", "--device", "cpu"])
+        "--epochs", "1", "--steps-per-epoch", "10", "--eval-every", "5", "--kernels", "eager", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
         cli_train.main()
     assert stopped.value.code == 0
