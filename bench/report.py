@@ -5,7 +5,7 @@ from its sweeps. The text between `<!-- results: WHAT -->` and `<!-- end of resu
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -32,6 +32,7 @@ SUMMARY = (
     ("AutoInt, training step", "step", "step autoint", "training step", ""),
     ("DCNv2, training step", "step", "step dcnv2", "training step", ""),
 )
+PLAIN = ("eager", "Embedding dense + SGD", "Embedding dense + Adagrad")
 Results = dict[str, tuple[Machine, list[Row]]]  # NAME -> what was measured
 
 
@@ -57,20 +58,42 @@ def summary(everything: dict[str, Results]) -> str:
 
 
 def _summary_of(name: str, results: Results) -> str:
-    lines = [f"`{name}`: {_machine(results)}.\n", "| median | ours | fastest rival | | plain PyTorch |",
-             "|---|--:|--:|---|--:|"]
+    times, memory = [], []
     for label, *which in SUMMARY:
         ours, rivals = _split(part(results, *which))
         if ours is None or ours.p50 is None:
             continue
         rate = f" ({ours.rows_per_s:,.0f} rows/s)" if ours.rows_per_s else ""
         best = min(rivals, key=lambda row: row.ratio or float("inf"), default=None)
-        plain = next((row for row in rivals if row.provider in ("eager", "Embedding dense + SGD",
-                                                                "Embedding dense + Adagrad")), None)
-        lines.append(f"| {label} | {ours.p50:,.1f} ms{rate} | {_ratio(best)} | {best.provider if best else ''} "
-                     f"| {_ratio(plain)} |")
-    picture = f"![Time of every rival, by operation](docs/pictures/{name}-times.png)"
-    return "\n".join([*lines, "", picture]) + "\n"
+        plain = next((row for row in rivals if row.provider in PLAIN), None)
+        times.append([label, f"{ours.p50:,.1f} ms{rate}", _ratio(best), best.provider if best else "", _ratio(plain)])
+    for row in results.get("memory", (None, []))[1]:
+        if row.mode == "step, in all":
+            fits = next(other.rows or 0 for other in results["memory"][1] if (other.kernel, other.provider, other.mode)
+                        == (row.kernel, row.provider, "largest batch in 24 GB"))
+            memory.append([f"{row.kernel.removeprefix('memory ')}, {row.x}", row.provider, f"{row.memory_mb:,.0f} MB",
+                           f"{fits:,}"])
+    text = [f"`{name}`: {_machine(results)}.\n"]
+    if times:
+        text += [_markdown([False, True, True, False, True],
+                           [["median", "ours", "fastest rival", "", "plain PyTorch"], *times])]
+    else:
+        text += ["No times are committed yet: they need a machine that does nothing else (`make bench`).\n"]
+    if memory:
+        text += [_markdown([False, False, True, True],
+                           [["training step", "by", "memory", "largest batch in 24 GB"], *memory])]
+    return "\n".join([*text, *(f"![{alt}](docs/pictures/{name}-{picture}.png)\n"
+                               for picture, alt in shown(results)[:1])])
+
+
+def shown(results: Results) -> list[tuple[str, str]]:
+    """(name, what it shows) of each picture that the results allow, the one for the README first."""
+    pictures = []
+    if any(part(results, *which) for _, *which in SUMMARY):
+        pictures.append(("times", "time of every rival, by operation"))
+    if "memory" in results:
+        pictures.append(("memory", "memory by model and optimizer"))
+    return pictures
 
 
 def _split(rows: list[Row]) -> tuple[Row | None, list[Row]]:
@@ -97,8 +120,7 @@ def full(everything: dict[str, Results]) -> str:
     text = []
     for name, results in everything.items():
         text += [f"## {name}\n", f"{_machine(results)}.\n"]
-        text += [f"![{alt}](pictures/{name}-{picture}.png)\n" for picture, alt in
-                 (("times", "time of every rival, by measurement"), ("memory", "memory by model and optimizer"))]
+        text += [f"![{alt}](pictures/{name}-{picture}.png)\n" for picture, alt in shown(results)]
         for script, (machine, rows) in results.items():
             above, numeric, lines = tabulate(rows)
             text += [f"### {script}\n"]
@@ -108,7 +130,7 @@ def full(everything: dict[str, Results]) -> str:
     return "\n".join(text) or "None are committed yet.\n"
 
 
-def _markdown(numeric: list[bool], lines: list) -> str:
+def _markdown(numeric: Sequence[bool], lines: Sequence[Sequence[str]]) -> str:
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([head, "|" + "|".join("--:" if right else "---" for right in numeric) + "|", *body]) + "\n"
 

@@ -51,12 +51,14 @@ def test_every_row_is_in_the_full_table_and_its_pictures_are_drawn(tmp_path: Pat
     write_json(folder / "attn-batch.json", swept, MACHINE)
     memory = [Row("memory ft", name, mode, "B=4096", memory_mb=size) for name in ("ours", "eager")
               for mode, size in (("embedding table", 512.0), ("optimizer state", 1.0), ("step, in all", 900.0))]
+    memory += [Row("memory ft", name, "largest batch in 24 GB", "B=4096", rows=2000) for name in ("ours", "eager")]
     write_json(folder / "memory.json", memory, MACHINE)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
     everything = report.machines()
     text = report.full(everything)
     assert "does not run on cpu" in text and "41.70" in text and "512.0" in text
+    assert "| ft, B=4096 | ours | 900 MB | 2,000 |" in report.summary(everything)
     report.draw("cpu", everything["cpu"])
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
         "cpu-times.png", "cpu-memory.png", "cpu-attn-batch.png"}
