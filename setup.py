@@ -1,7 +1,7 @@
 """Build the native CPU kernels; everything declarative lives in pyproject.toml.
 
 The extension is built against PyTorch's stable ABI, so one binary serves every Python >= 3.10 and
-torch >= 2.10. Without torch or a C++ compiler the package still installs, with the eager and Triton
+torch >= 2.11. Without torch or a C++ compiler the package still installs, with the eager and Triton
 backends; the reason is printed and kept for `ctr_kernels.backends()`.
 """
 
@@ -86,7 +86,7 @@ def native_build():
         "ctr_kernels._native",
         sources,
         depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast",
                             "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",
                             "-Wno-unused-parameter", "-g0",

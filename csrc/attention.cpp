@@ -47,6 +47,7 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
   AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
   Tensor out = new_output({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   args.out = strided(out);
+  args.around = args.head_dim % 16 == 0 && streams(out);
   const KernelTable& kernels = kernels_for(args.head_dim);
   torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
     kernels.attention_forward(args, first, last);
@@ -67,6 +68,7 @@ Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, i
   const int64_t bytes = static_cast<int64_t>(grads.element_size()) * dim;
   char* data = static_cast<char*>(grads.mutable_data_ptr());
   args.grad_out = strided(grad_out);
+  args.around = args.head_dim % 16 == 0 && streams(grads);
   args.dq = {data, fields * 3 * dim, 3 * dim};
   args.dk = {data + bytes, fields * 3 * dim, 3 * dim};
   args.dv = {data + 2 * bytes, fields * 3 * dim, 3 * dim};

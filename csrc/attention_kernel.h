@@ -9,6 +9,7 @@
 #include "convert.h"
 #include "gemm.h"
 #include "philox_vector.h"
+#include "prefetch.h"
 
 namespace ctr {
 namespace CTR_ISA {
@@ -53,18 +54,15 @@ inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, i
 }
 
 // Prefetches a head's share of the next sample, whole rows in the order of memory: a head's own lines, one or two of
-// every row, are a pattern that the hardware does not foresee. Always inlined: GCC takes a function that only
-// prefetches for one without effect, and drops the call.
+// every row, are a pattern that the hardware does not foresee.
 __attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args,
                                                          std::initializer_list<const Strided*> tensors,
                                                          int64_t sample, int64_t last, int64_t head) {
   if (sample + 1 >= last) return;
   const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
   for (int64_t r = args.fields * head / args.heads; r < args.fields * (head + 1) / args.heads; ++r)
-    for (const Strided* t : tensors) {
-      const volatile char* row = static_cast<const char*>(t->data) + ((sample + 1) * t->batch + r * t->field) * size;
-      for (int64_t byte = 0; byte < width; byte += 64) __builtin_prefetch(const_cast<const char*>(row) + byte);
-    }
+    for (const Strided* t : tensors)
+      prefetch(static_cast<const char*>(t->data) + ((sample + 1) * t->batch + r * t->field) * size, width);
 }
 
 // Columns of p [key, query] become exp2(factor (x - max)); inverse[query] = 1 / the column's sum.
@@ -132,7 +130,7 @@ inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head
     for (int64_t row = 0; row < fields * kMax; row += kMax)
       for (int64_t at = row; at < row + fields; at += W) store(s.p + at, load(s.p + at) * load(s.mask + at));
   gemm<Layout::transposed>(fields, args.head_dim, fields, s.p, Pitch{}, v.data, v.stride,
-                           StoreRowScaled{out.data, out.stride, s.inverse});
+                           StoreRowScaled{out.data, out.stride, s.inverse, args.around});
   flush(args, args.out, sample, head, out);
 }
 
@@ -147,9 +145,9 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kMax});
   if (args.dropout.threshold != 0) score_gradient<true>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
   else score_gradient<false>(s.p, s.dp, nullptr, fields, args.scale, s.inverse);
-  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride, Store{dq.data, dq.stride});
-  gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride});
-  gemm<Layout::rows>(fields, width, fields, s.p, Pitch{}, go.data, go.stride, Store{dv.data, dv.stride});
+  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride, Store{dq.data, dq.stride, args.around});
+  gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride, args.around});
+  gemm<Layout::rows>(fields, width, fields, s.p, Pitch{}, go.data, go.stride, Store{dv.data, dv.stride, args.around});
   flush(args, args.dq, sample, head, dq);
   flush(args, args.dk, sample, head, dk);
   flush(args, args.dv, sample, head, dv);
@@ -162,6 +160,7 @@ inline void attention_forward(const AttentionArgs& args, int64_t first, int64_t 
       prefetch_next(args, {&args.q, &args.k, &args.v}, sample, last, head);
       forward_head(args, sample, head, scratch);
     }
+  finish_streams();
 }
 
 inline void attention_backward(const AttentionArgs& args, int64_t first, int64_t last) {
@@ -171,6 +170,7 @@ inline void attention_backward(const AttentionArgs& args, int64_t first, int64_t
       prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, last, head);
       backward_head(args, sample, head, scratch);
     }
+  finish_streams();
 }
 
 }  // namespace CTR_ISA

@@ -150,8 +150,8 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
       gemm<Layout::transposed>(kSlice, dp, tile.rows, hidden.get(), kSlice, gy, dp, Add{sums.w2t + unit * dp, dp});
     }
     if (args.norm.gamma != nullptr)
-      differentiate_rows(args.norm, input, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, sums.gamma,
-                         sums.beta, normed.get());
+      differentiate_rows(args.norm, input, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, false,
+                         sums.gamma, sums.beta, normed.get());
     flush_tile(args, tile, out);
   }
 }

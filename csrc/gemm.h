@@ -20,24 +20,20 @@ struct Constant {
   constexpr operator int64_t() const { return kValue; }
 };
 
-// What is done with the sums: out = sum, out = sum * scale, out += sum, out = sum + bias[n], and
-// out = sum + other, out = sum + bias[n] + residual.
+// What is done with the sums: out = sum, out = sum * scale of the row, out += sum, out = sum + bias[n], and
+// out = sum + other, out = sum + bias[n] + residual. around: whether out is streamed (see simd.h).
 struct Store {
   float* out;
   int64_t pitch;
-  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum); }
-};
-struct StoreScaled {
-  float* out;
-  int64_t pitch;
-  float scale;
-  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum * scale); }
+  bool around = false;
+  void operator()(int64_t m, int64_t n, Vec sum) const { put(out + m * pitch + n, sum, around); }
 };
 struct StoreRowScaled {
   float* out;
   int64_t pitch;
   const float* scale;  // of each row
-  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum * scale[m]); }
+  bool around;
+  void operator()(int64_t m, int64_t n, Vec sum) const { put(out + m * pitch + n, sum * scale[m], around); }
 };
 struct Add {
   float* out;
@@ -50,22 +46,25 @@ struct StoreBiased {
   float* out;
   int64_t pitch;
   const float* bias;
-  void operator()(int64_t m, int64_t n, Vec sum) const { store(out + m * pitch + n, sum + load(bias + n)); }
+  bool around = false;
+  void operator()(int64_t m, int64_t n, Vec sum) const { put(out + m * pitch + n, sum + load(bias + n), around); }
 };
 struct StorePlus {
   float* out;
   int64_t pitch;  // of both
   const float* other;
+  bool around = false;
   void operator()(int64_t m, int64_t n, Vec sum) const {
-    store(out + m * pitch + n, sum + load(other + m * pitch + n));
+    put(out + m * pitch + n, sum + load(other + m * pitch + n), around);
   }
 };
 struct StoreResidual {
   float* out;
   int64_t pitch;  // of both
   const float *bias, *residual;
+  bool around = false;
   void operator()(int64_t m, int64_t n, Vec sum) const {
-    store(out + m * pitch + n, sum + load(bias + n) + load(residual + m * pitch + n));
+    put(out + m * pitch + n, sum + load(bias + n) + load(residual + m * pitch + n), around);
   }
 };
 

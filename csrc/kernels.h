@@ -26,6 +26,7 @@ struct AttentionArgs {
   Strided q, k, v;
   Strided out;                    // forward: [B, F, D]
   Strided grad_out, dq, dk, dv;   // backward
+  bool around;                    // what is written, fp32 in whole lines, goes around the caches
 };
 
 // LayerNorm over the last dimension; gamma is null where there is none.
@@ -77,6 +78,7 @@ struct LinearArgs {
   float* grad_x;        // [tokens, in], backward only
   NormArgs norm;        // of x
   const float* residual;  // forward: [tokens, out], added to y; backward: [tokens, in], added to grad_x
+  bool around;            // y or grad_x is written around the caches
 };
 
 // Sums over the tokens of one task; zero at the start.

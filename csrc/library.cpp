@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "outputs.h"
 #include "simd_level.h"
 
 using torch::stable::Tensor;
@@ -50,6 +51,7 @@ bool parse_criteo(Tensor text, bool labelled, int64_t hash_bins, Tensor log1p, T
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CompositeExplicitAutograd, m) {
   m.impl("select_simd", TORCH_BOX(&ctr::select_simd));
+  m.impl("keep_outputs", TORCH_BOX(&ctr::keep_outputs));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {

@@ -48,6 +48,7 @@ Tensor linear(const Tensor& x, const NormArgs& norm, const Tensor& weight, const
   args.weight = transposed.data();
   args.bias = static_cast<const float*>(bias_row.const_data_ptr());
   args.y = static_cast<float*>(y.mutable_data_ptr());
+  args.around = streams(y);
   const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, (args.tokens + kLinearTile - 1) / kLinearTile, 1, [&](int64_t first, int64_t last) {
     kernels.linear_forward(args, first, last);
@@ -65,6 +66,7 @@ LinearGradientTensors linear_backward(const Tensor& grad_out, const Tensor& x, c
   Tensor grad_x = new_output({args.tokens, args.in}, ScalarType::Float);
   args.weight = static_cast<const float*>(weight.const_data_ptr());
   args.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
+  args.around = streams(grad_x);
   const int64_t tiles = (args.tokens + kLinearTile - 1) / kLinearTile, tasks = tiles < kTasks ? tiles : kTasks;
   const int64_t matrix = args.out * args.in, size = matrix + args.out + 2 * args.in;  // of one task's sums
   Tensor sums = new_output({tasks, size}, ScalarType::Float);

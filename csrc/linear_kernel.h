@@ -24,11 +24,12 @@ inline void linear_forward(const LinearArgs& args, int64_t first, int64_t last) 
     }
     if (args.residual != nullptr)
       gemm<Layout::rows>(rows, args.out, args.in, x, args.in, args.weight, args.out,
-                         StoreResidual{y, args.out, args.bias, args.residual + token * args.out});
+                         StoreResidual{y, args.out, args.bias, args.residual + token * args.out, args.around});
     else
       gemm<Layout::rows>(rows, args.out, args.in, x, args.in, args.weight, args.out,
-                         StoreBiased{y, args.out, args.bias});
+                         StoreBiased{y, args.out, args.bias, args.around});
   }
+  finish_streams();
 }
 
 inline void linear_backward(const LinearArgs& args, const LinearGradients& sums, int64_t first, int64_t last) {
@@ -40,17 +41,18 @@ inline void linear_backward(const LinearArgs& args, const LinearGradients& sums,
     if (norm) normalise_rows(args.norm, x, rows, args.in, normed.get());
     if (norm || args.residual == nullptr)
       gemm<Layout::rows>(rows, args.in, args.out, gy, args.out, args.weight, args.in,
-                         Store{norm ? grad.get() : args.grad_x + at, args.in});
+                         Store{norm ? grad.get() : args.grad_x + at, args.in, args.around && !norm});
     else
       gemm<Layout::rows>(rows, args.in, args.out, gy, args.out, args.weight, args.in,
-                         StorePlus{args.grad_x + at, args.in, args.residual + at});
+                         StorePlus{args.grad_x + at, args.in, args.residual + at, args.around});
     gemm<Layout::transposed>(args.out, args.in, rows, gy, args.out, norm ? normed.get() : x, args.in,
                              Add{sums.weight, args.in});
     add_columns(gy, args.out, rows, args.out, sums.bias);
     if (norm)
       differentiate_rows(args.norm, x, grad.get(), args.residual == nullptr ? nullptr : args.residual + at, rows,
-                         args.in, args.grad_x + at, sums.gamma, sums.beta, normed.get());
+                         args.in, args.grad_x + at, args.around, sums.gamma, sums.beta, normed.get());
   }
+  finish_streams();
 }
 
 }  // namespace CTR_ISA

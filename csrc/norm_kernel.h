@@ -38,7 +38,8 @@ inline void normalise_rows(const NormArgs& norm, const float* x, int64_t rows, i
 
 // grad [rows, width], dN, becomes dX + residual (none where null); gamma and beta [width] gain their sums.
 inline void differentiate_rows(const NormArgs& norm, const float* x, float* grad, const float* residual, int64_t rows,
-                               int64_t width, float* out, float* gamma_sums, float* beta_sums, float* scratch) {
+                               int64_t width, float* out, bool around, float* gamma_sums, float* beta_sums,
+                               float* scratch) {
   add_columns(grad, width, rows, width, beta_sums);
   for (int64_t r = 0; r < rows; ++r) {
     const float *from = x + r * width, *g = grad + r * width;
@@ -55,7 +56,7 @@ inline void differentiate_rows(const NormArgs& norm, const float* x, float* grad
     for (int64_t c = 0; c < width; c += W) {
       const Vec h = (load(from + c) - m.mean) * m.rstd, scaled = load(g + c) * load(norm.gamma + c);
       const Vec dx = (scaled - sum - h * product) * m.rstd;
-      store(out + r * width + c, residual == nullptr ? dx : dx + load(residual + r * width + c));
+      put(out + r * width + c, residual == nullptr ? dx : dx + load(residual + r * width + c), around);
     }
   }
   add_columns(scratch, width, rows, width, gamma_sums);

@@ -22,6 +22,27 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
 
+// A store around the caches, to memory that is a multiple of the vector. It pays only where the stores that follow
+// each other fill whole lines, and ends with finish_streams before other threads may read.
+inline void stream(float* p, Vec v) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif CTR_WIDTH == 8 && defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void finish_streams() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+inline void put(float* p, Vec v, bool around) {
+  if (around) stream(p, v);
+  else store(p, v);
+}
+
 // The larger element; b where either is NaN. GCC does not make one instruction of the comparison and the choice.
 inline Vec vmax(Vec a, Vec b) {
 #if CTR_WIDTH == 16 && defined(__AVX512F__)

@@ -13,10 +13,6 @@
 namespace ctr {
 namespace {
 
-// Bytes of a lookup's output from which it is written around the caches: they then keep the rows that come again, and
-// no line of the output is read before it is overwritten.
-constexpr int64_t kStreamed = int64_t{4} << 20;
-
 // int32 or int64 ids, contiguous.
 struct Ids {
   const void* data;
@@ -171,14 +167,14 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
   const int64_t dim = weight.size(1), bytes = dim * static_cast<int64_t>(weight.element_size());
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const bool streams = !widen && bytes % 16 == 0 && all.count * bytes >= kStreamed;
+  const bool around = bytes % 16 == 0 && streams(out) && !widen;
   const int64_t ahead = rows_ahead(bytes);
   torch::stable::parallel_for(0, all.count, 512, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < std::min(first + ahead, last); ++i) prefetch(from + all[i] * bytes, bytes);
     for (int64_t i = first; i < last; ++i) {
       if (i + ahead < last) prefetch(from + all[i + ahead] * bytes, bytes);
       const char* row = from + all[i] * bytes;
-      if (streams) {
+      if (around) {
         stream(to + i * bytes, row, bytes);
         continue;
       }
@@ -190,7 +186,7 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
       auto* wide = reinterpret_cast<uint32_t*>(to) + i * dim;
       for (int64_t c = 0; c < dim; ++c) wide[c] = static_cast<uint32_t>(packed[c]) << 16;
     }
-    if (streams) finish_streams();
+    if (around) finish_streams();
   });
   return out;
 }

@@ -1,12 +1,8 @@
-// Checks and views of tensor arguments that the CPU operators share, and their outputs.
+// Checks and views of tensor arguments that the CPU operators share.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cmath>
 #include <initializer_list>
@@ -14,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "outputs.h"
 
 namespace ctr {
 
@@ -58,35 +55,6 @@ inline NormArgs norm_args(const Tensor& gamma, const Tensor& beta, double eps, i
   }
   return {static_cast<const float*>(gamma.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr()),
           static_cast<float>(eps)};
-}
-
-constexpr int64_t kHugePage = int64_t{2} << 20;  // bytes
-
-// Asks for huge pages for memory that has not been touched yet, where the system offers them.
-inline void prefer_huge_pages(const Tensor& fresh) {
-#if defined(__linux__)
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-}
-
-// An uninitialised CPU tensor in huge pages: a freshly mapped output is faulted in page by page, and with 4 KB pages
-// that costs more than the kernels that fill it. A large one begins at a page inside of a storage that has room to
-// whole pages at both ends, for its first and last part would come in hundreds of small pages otherwise.
-inline Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
-  int64_t count = 1;
-  for (const int64_t size : shape) count *= size;
-  const int64_t size = type == ScalarType::BFloat16 ? 2 : 4, bytes = count * size;
-  if (bytes < 2 * kHugePage) return torch::stable::empty(shape, type);
-  const int64_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  Tensor storage = torch::stable::empty({(whole + kHugePage) / size}, type);
-  prefer_huge_pages(storage);
-  const int64_t begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(storage.mutable_data_ptr()));
-  const int64_t offset = (kHugePage - begin % kHugePage) % kHugePage;
-  Tensor flat = torch::stable::narrow(storage, 0, offset / size, count);
-  return torch::stable::view(flat, shape);
 }
 
 }  // namespace ctr

@@ -9,6 +9,7 @@ from .backend import Backend, BackendUnavailable, backends
 from .cross import low_rank_cross
 from .ffn import ffn
 from .layer import TransformerLayer
+from .output_cache import set_output_cache
 from .sparse_update import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from .tokenizer import field_tokens
 
@@ -26,4 +27,5 @@ __all__ = [
     "field_attention",
     "field_tokens",
     "low_rank_cross",
+    "set_output_cache",
 ]

@@ -7,6 +7,7 @@ import torch
 
 LIBRARY = torch.library.Library("ctr", "DEF")
 LIBRARY.define("select_simd(str name) -> str")
+LIBRARY.define("keep_outputs(int bytes) -> int")
 LIBRARY.define("dropout_mask(int rows, int width, int threshold, Tensor seed) -> Tensor")
 LIBRARY.define("field_attention(Tensor q, Tensor k, Tensor v, int num_heads, float scale, float dropout_p, "
                "Tensor? seed) -> Tensor")

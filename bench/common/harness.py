@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ctr_kernels import set_output_cache
+
 from .peers import Unavailable, version_of
 from .records import Row
 
@@ -250,7 +252,7 @@ def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cp
     """Bytes that a call needs on top of what is allocated before it, by the allocator's own count.
 
     CUDA: the peak that its statistics show. CPU: the highest sum of the allocations and releases that the profiler
-    sees; scratch memory that a library takes from the system by itself is in neither.
+    sees, the cache of our outputs switched off; scratch memory that a library takes by itself is in neither.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -260,8 +262,12 @@ def peak_memory(function: Callable[[], Any], *, device: torch.device | str = "cp
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
+    cached = set_output_cache(0)  # what is taken from a cache is no allocation
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+    finally:
+        set_output_cache(cached)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(np.cumsum([0, *changes]).max())
