@@ -13,6 +13,7 @@ const KernelTable CTR_TABLE = {CTR_ISA::W,
                                CTR_ISA::ffn_backward,
                                CTR_ISA::linear_forward,
                                CTR_ISA::linear_backward,
+                               CTR_ISA::lookup_rows,
                                CTR_ISA::update_rows};
 
 }  // namespace ctr

@@ -88,6 +88,25 @@ struct LinearGradients {
   float *gamma, *beta;  // [in]
 };
 
+struct Ids {
+  const void* data;  // int64 where wide, else int32
+  int64_t count;
+  bool wide;
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// out[i] = table[ids[i]]
+struct RowLookup {
+  Ids ids;
+  const char* table;
+  char* out;
+  int64_t dim, bytes;  // of a row of the table
+  bool widen;          // bf16 rows become fp32
+  bool around;         // rows, whole lines then, are written around the caches
+};
+
 enum class RowRule { sgd, rowwise_adagrad, adagrad, lazy_adam };
 
 // One step of a rule as ctr_kernels/sparse_update/rule.py defines it.
@@ -116,6 +135,7 @@ struct KernelTable {
   void (*ffn_backward)(const FfnArgs&, const FfnGradients&, int64_t first_tile, int64_t last_tile);
   void (*linear_forward)(const LinearArgs&, int64_t first_tile, int64_t last_tile);
   void (*linear_backward)(const LinearArgs&, const LinearGradients&, int64_t first_tile, int64_t last_tile);
+  void (*lookup_rows)(const RowLookup&, int64_t first_id, int64_t last_id);
   // sorted[i] = id << 32 | position; whole runs of equal ids.
   void (*update_rows)(const RowUpdate&, const uint64_t* sorted, int64_t n);
 };

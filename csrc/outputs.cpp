@@ -125,7 +125,7 @@ Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;
   const int64_t bytes = count * (type == ScalarType::BFloat16 ? 2 : 4);
-  if (bytes < kHugePage) return torch::stable::empty(shape, type);
+  if (bytes < kHugePage / 2) return torch::stable::empty(shape, type);
   if (cache().limit(-1) == 0) {
     Tensor plain = torch::stable::empty(shape, type);
     prefer_huge_pages(plain);

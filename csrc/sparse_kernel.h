@@ -1,5 +1,5 @@
-// One pass over sorted (id, position) pairs: the duplicates of a row are summed, then the row is read and written
-// once. Rows come in random order, so those some pairs ahead are prefetched.
+// The lookup of rows, and their update: one pass over sorted (id, position) pairs, where the duplicates of a row are
+// summed, then the row is read and written once. Rows come in random order, so those some pairs ahead are prefetched.
 #pragma once
 #include <cmath>
 
@@ -24,6 +24,28 @@ inline char* element(const void* data, Type type, int64_t index) {
 
 __attribute__((always_inline)) inline void prefetch_row(const void* data, Type type, int64_t row, int64_t dim) {
   prefetch(element(data, type, row * dim), dim * size_of(type));
+}
+
+inline void lookup_rows(const RowLookup& args, int64_t first, int64_t last) {
+  const Ids& ids = args.ids;
+  const int64_t bytes = args.bytes, ahead = rows_ahead(bytes);
+  for (int64_t i = first; i < first + ahead && i < last; ++i) prefetch(args.table + ids[i] * bytes, bytes);
+  for (int64_t i = first; i < last; ++i) {
+    if (i + ahead < last) prefetch(args.table + ids[i + ahead] * bytes, bytes);
+    const char* row = args.table + ids[i] * bytes;
+    if (args.around) {
+      char* to = args.out + i * bytes;
+      for (int64_t b = 0; b < bytes; b += W * 4)
+        stream(reinterpret_cast<float*>(to + b), load(reinterpret_cast<const float*>(row + b)));
+    } else if (!args.widen) {
+      std::memcpy(args.out + i * bytes, row, bytes);
+    } else {
+      const auto* packed = reinterpret_cast<const uint16_t*>(row);
+      auto* wide = reinterpret_cast<uint32_t*>(args.out) + i * args.dim;
+      for (int64_t c = 0; c < args.dim; ++c) wide[c] = static_cast<uint32_t>(packed[c]) << 16;
+    }
+  }
+  finish_streams();
 }
 
 // What the update of the pairs ahead of the one at hand will touch is fetched once, through runs of any length.

@@ -1,27 +1,13 @@
 // ctr::embedding_lookup, and the updates of the rows that a step touched, on CPUs.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <memory>
+#include <utility>
 
-#include "prefetch.h"
 #include "tensor_args.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 namespace ctr {
 namespace {
-
-// int32 or int64 ids, contiguous.
-struct Ids {
-  const void* data;
-  int64_t count;
-  bool wide;
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 Ids ids_of(const Tensor& ids) {
   const ScalarType type = ids.scalar_type();
@@ -30,11 +16,11 @@ Ids ids_of(const Tensor& ids) {
   return {ids.const_data_ptr(), ids.numel(), type == ScalarType::Long};
 }
 
-// Position of the first id outside [0, num_rows), or -1.
-int64_t find_bad(const Ids& ids, int64_t num_rows) {
+// Position of the first id of [first, last) outside [0, num_rows), or -1.
+int64_t find_bad(const Ids& ids, int64_t num_rows, int64_t first, int64_t last) {
   constexpr int64_t kBlock = 1024;
-  for (int64_t begin = 0; begin < ids.count; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, ids.count);
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, last);
     bool bad = false;
     if (ids.wide) {
       const auto* p = static_cast<const int64_t*>(ids.data);
@@ -49,23 +35,30 @@ int64_t find_bad(const Ids& ids, int64_t num_rows) {
   return -1;
 }
 
-void check_ids(const Ids& ids, int64_t num_rows) {
-  const int64_t bad = find_bad(ids, num_rows);
-  STD_TORCH_CHECK(bad < 0, "id ", ids[bad], " at position ", bad, " is outside the table of ", num_rows, " rows");
+[[noreturn]] void refuse(const Ids& ids, int64_t num_rows) {
+  const int64_t bad = find_bad(ids, num_rows, 0, ids.count);
+  STD_TORCH_CHECK(false, "id ", ids[bad], " at position ", bad, " is outside the table of ", num_rows, " rows");
 }
 
 // Pairs id << 32 | position in ascending order: a least-significant-digit radix sort on the bits that ids below
-// num_rows use. Stable, so equal ids keep their order and sums are the same for any number of threads.
+// num_rows use, which it checks. Stable, so equal ids keep their order and sums are the same for any number of threads.
 class SortedIds {
  public:
-  SortedIds(const Ids& ids, int64_t num_rows) : count_(ids.count), pairs_(new uint64_t[ids.count]) {
+  SortedIds(const Ids& ids, int64_t num_rows)
+      : count_(ids.count),
+        memory_(new_output({2 * 2 * ids.count}, ScalarType::Float)),
+        pairs_(static_cast<uint64_t*>(memory_.mutable_data_ptr())),
+        spare_(pairs_ + ids.count) {
     STD_TORCH_CHECK(count_ < (int64_t{1} << 32) && num_rows <= (int64_t{1} << 32),
                     "more than 2^32 ids or rows are not supported");
     chunks_ = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count_ / 4096));
+    std::atomic<bool> good{true};
     for_chunks([&](int64_t, int64_t begin, int64_t end) {
+      if (find_bad(ids, num_rows, begin, end) >= 0) good = false;
       for (int64_t i = begin; i < end; ++i)
         pairs_[i] = static_cast<uint64_t>(ids[i]) << 32 | static_cast<uint64_t>(i);
     });
+    if (!good) refuse(ids, num_rows);
     int bits = 0;
     while ((num_rows - 1) >> bits) ++bits;
     const int passes = (bits + kMaxBits - 1) / kMaxBits;
@@ -75,7 +68,7 @@ class SortedIds {
       low += width;
     }
   }
-  const uint64_t* data() const { return pairs_.get(); }
+  const uint64_t* data() const { return pairs_; }
   int64_t count() const { return count_; }
 
  private:
@@ -91,7 +84,6 @@ class SortedIds {
   void scatter(int shift, int width) {
     const int64_t buckets = int64_t{1} << width;
     const uint64_t mask = buckets - 1;
-    if (!spare_) spare_.reset(new uint64_t[count_]);
     std::vector<int64_t> offsets(chunks_ * buckets);
     for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
       int64_t* own = offsets.data() + chunk * buckets;
@@ -108,11 +100,12 @@ class SortedIds {
       int64_t* own = offsets.data() + chunk * buckets;
       for (int64_t i = begin; i < end; ++i) spare_[own[pairs_[i] >> shift & mask]++] = pairs_[i];
     });
-    pairs_.swap(spare_);
+    std::swap(pairs_, spare_);
   }
 
   int64_t count_, chunks_;
-  std::unique_ptr<uint64_t[]> pairs_, spare_;
+  Tensor memory_;  // of both halves
+  uint64_t *pairs_, *spare_;
 };
 
 // A run of equal ids belongs to the task in which it starts.
@@ -120,23 +113,6 @@ int64_t run_start(const SortedIds& sorted, int64_t i) {
   const uint64_t* pairs = sorted.data();
   while (i > 0 && i < sorted.count() && pairs[i] >> 32 == pairs[i - 1] >> 32) ++i;
   return i;
-}
-
-// Copies a row, of a multiple of 16 bytes, around the caches.
-void stream(char* to, const char* from, int64_t bytes) {
-#if defined(__SSE2__)
-  for (int64_t b = 0; b < bytes; b += 16)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + b), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b)));
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-// Before other threads may read what was streamed.
-void finish_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 // Checks a state tensor that a rule keeps, and gives its memory.
@@ -153,41 +129,35 @@ T* state_of(const std::optional<Tensor>& state, std::initializer_list<int64_t> s
 // For a table just allocated: its rows come in random order, and 4 KB pages then miss the TLB at nearly every row.
 void use_huge_pages(Tensor table) { prefer_huge_pages(table); }
 
-int64_t first_bad_id(Tensor ids, int64_t num_rows) { return find_bad(ids_of(ids), num_rows); }
+int64_t first_bad_id(Tensor ids, int64_t num_rows) {
+  const Ids all = ids_of(ids);
+  return find_bad(all, num_rows, 0, all.count);
+}
 
 // weight [num_rows, dim] of any dtype, ids of any shape [...] -> [..., dim]; widen: of a bf16 table, in fp32.
 Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight must be [num_rows, dim] and contiguous");
   const Ids all = ids_of(ids);
-  check_ids(all, weight.size(0));
   widen = widen && weight.scalar_type() == ScalarType::BFloat16;
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(weight.size(1));
   Tensor out = new_output(shape, widen ? ScalarType::Float : weight.scalar_type());
-  const int64_t dim = weight.size(1), bytes = dim * static_cast<int64_t>(weight.element_size());
-  const char* from = static_cast<const char*>(weight.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const bool around = bytes % 16 == 0 && streams(out) && !widen;
-  const int64_t ahead = rows_ahead(bytes);
+  RowLookup args{};
+  args.ids = all;
+  args.table = static_cast<const char*>(weight.const_data_ptr());
+  args.out = static_cast<char*>(out.mutable_data_ptr());
+  args.dim = weight.size(1);
+  args.bytes = args.dim * static_cast<int64_t>(weight.element_size());
+  args.widen = widen;
+  args.around = args.bytes % 64 == 0 && !widen && streams(out);
+  const KernelTable& kernels = kernels_for(0);
+  const int64_t num_rows = weight.size(0);
+  std::atomic<bool> good{true};
   torch::stable::parallel_for(0, all.count, 512, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < std::min(first + ahead, last); ++i) prefetch(from + all[i] * bytes, bytes);
-    for (int64_t i = first; i < last; ++i) {
-      if (i + ahead < last) prefetch(from + all[i + ahead] * bytes, bytes);
-      const char* row = from + all[i] * bytes;
-      if (around) {
-        stream(to + i * bytes, row, bytes);
-        continue;
-      }
-      if (!widen) {
-        std::memcpy(to + i * bytes, row, bytes);
-        continue;
-      }
-      const auto* packed = reinterpret_cast<const uint16_t*>(row);
-      auto* wide = reinterpret_cast<uint32_t*>(to) + i * dim;
-      for (int64_t c = 0; c < dim; ++c) wide[c] = static_cast<uint32_t>(packed[c]) << 16;
-    }
-    if (around) finish_streams();
+    if (find_bad(all, num_rows, first, last) < 0) kernels.lookup_rows(args, first, last);
+    else good = false;
   });
+  if (!good) refuse(all, num_rows);
   return out;
 }
 
@@ -226,7 +196,6 @@ void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Ten
     args.last = state_of<int32_t>(last, {args.num_rows}, "last");
   }
   if (all.count == 0) return;
-  check_ids(all, args.num_rows);
   args.weight = weight.mutable_data_ptr();
   args.rows = rows.const_data_ptr();
   args.rate = static_cast<float>(rate);

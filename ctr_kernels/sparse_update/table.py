@@ -24,7 +24,11 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(indices)
         ctx.table, ctx.plan = weight.shape, plan
         if backend == "native":
-            return lookup_native(weight, ids, dtype)
+            try:
+                return lookup_native(weight, ids, dtype)
+            except RuntimeError:
+                check_ids(ids, len(weight))  # which the lookup does on its way, but only here is the error an IndexError
+                raise
         return F.embedding(ids, weight).to(dtype)  # triton, too: little is left to gain (see triton.py)
 
     @staticmethod
@@ -87,7 +91,7 @@ class EmbeddingTable(nn.Module):
             raise TypeError(f"ids have dtype {ids.dtype}; int32 or int64 is needed")
         weight = self.weight
         backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
-        if ids.device.type == "cpu":
+        if ids.device.type == "cpu" and backend != "native":
             check_ids(ids, self.num_rows)
         dtype = self.lookup_dtype
         if backend == "eager" and dtype == weight.dtype:
