@@ -35,7 +35,7 @@ class AutoInt(CTRModel):
             (study), "scaled" (paper).
         history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
-        shortcut: a second way from the tokens to the logit, past the layers, "none", "linear" or "mlp"; see
+        shortcut: a second way from the tokens to the logit, past the layers, "none", "linear", "mlp" or "cross"; see
             logit_shortcut.
         kernels: "auto", "eager", "native" or "triton"; passed on to every operation.
 
@@ -108,7 +108,7 @@ class AutoInt(CTRModel):
                 for _ in range(num_layers)
             )
             self.head = study_head(dim, dropout)
-        self.shortcut = logit_shortcut(shortcut, dim * num_tokens, dropout)
+        self.shortcut = logit_shortcut(shortcut, dim * num_tokens, dropout, kernels)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 from ctr_kernels import EmbeddingTable
 
 from .checks import check_choice
+from .cross import LowRankCross
 
-SHORTCUTS = ("none", "linear", "mlp")
+SHORTCUTS = ("none", "linear", "mlp", "cross")
+CROSS_LAYERS, CROSS_RANK = 3, 32  # DCNv2's, as its MLP
+MLP_DIMS = (256, 128, 64)
 
 
 class CTRModel(nn.Module):
@@ -87,14 +90,37 @@ def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequenti
     return nn.Sequential(*layers)
 
 
-def logit_shortcut(shortcut: str, width: int, dropout: float) -> nn.Sequential | None:
+class CrossShortcut(nn.Module):
+    """DCNv2's cross network and MLP 256-128-64, in parallel, on a row of `width` features.
+
+    >>> CrossShortcut(432, 0.1)(torch.randn(2, 432)).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, width: int, dropout: float, kernels: str = "auto") -> None:
+        super().__init__()
+        self.cross = nn.ModuleList(LowRankCross(width, CROSS_RANK, kernels=kernels) for _ in range(CROSS_LAYERS))
+        self.mlp = mlp([width, *MLP_DIMS], batch_norm=False, dropout=dropout)
+        self.head = LogitLinear(width + MLP_DIMS[-1])
+
+    def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        """[B, width] -> logits [B]."""
+        x = x0
+        for layer in self.cross:
+            x = layer(x0, x)
+        return self.head(torch.cat([x, self.mlp(x0)], dim=1))
+
+
+def logit_shortcut(shortcut: str, width: int, dropout: float, kernels: str = "auto") -> nn.Sequential | None:
     """A second way from the tokens [B, F, dim], before any layer, to the logit [B]; None for "none".
 
     "linear": LogitLinear(F dim), as the wide part of Wide & Deep (Cheng et al. 2016). "mlp": DCNv2's MLP 256-128-64,
-    then LogitLinear, as AutoInt+ joins a feed-forward network (Song et al. 2019).
+    then LogitLinear, as AutoInt+ joins a feed-forward network (Song et al. 2019). "cross": CrossShortcut(F dim).
     """
     check_choice("shortcut", shortcut, SHORTCUTS)
     if shortcut == "none":
         return None
-    widths = [width, 256, 128, 64] if shortcut == "mlp" else [width]
+    if shortcut == "cross":
+        return nn.Sequential(nn.Flatten(), CrossShortcut(width, dropout, kernels))
+    widths = [width, *MLP_DIMS] if shortcut == "mlp" else [width]
     return nn.Sequential(nn.Flatten(), *mlp(widths, batch_norm=False, dropout=dropout), LogitLinear(widths[-1]))

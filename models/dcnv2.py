@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ctr_kernels import low_rank_cross
-from ctr_kernels.backend import on_triton
-
 from .base import CTRModel, LogitLinear, mlp
 from .checks import check_choice, check_dropout, check_inputs, check_positive
+from .cross import FullRankCross, LowRankCross
 from .tokenizer import FeatureTokenizer, FieldEmbedding
 
 
@@ -131,65 +129,3 @@ class DCNv2(CTRModel):
         check_inputs(dense, sparse, self.width, self.num_sparse)
         embedded = self.embedding(sparse).flatten(1)
         return torch.cat([dense.to(embedded.dtype), embedded], dim=1)
-
-
-class FullRankCross(nn.Module):
-    """x0 * (W x + b) + x (Wang et al. 2021, eq. 1).
-
-    >>> FullRankCross(429)(torch.randn(2, 429), torch.randn(2, 429)).shape
-    torch.Size([2, 429])
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x0 [B, width], x [B, width] -> [B, width]."""
-        return x0 * self.linear(x) + x
-
-
-class LowRankCross(nn.Module):
-    """x0 * (V (U x) + b) + x, or a gated mixture of such experts (Wang et al. 2021, section 3.5).
-
-    With K experts: x0 * (sum_k g_k(x) V_k h_k + b) + x, where g = softmax(Linear(x)) and h_k = U_k x, or
-    h_k = tanh(C_k tanh(U_k x)) with `inner`. The bias is one for all experts, as in the paper; since the gates
-    sum to 1 it stands outside the sum, and the sum over experts is one product with V = [V_1 ... V_K].
-
-    Args:
-        width, rank: size of x, and rank of each expert.
-        num_experts: K; 1 has neither a gate nor inner matrices.
-        inner: give the experts of a mixture the inner matrices C_k [rank, rank] and tanh.
-        kernels: "auto", "eager", "native" or "triton"; for a layer without a gate.
-
-    NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
-    sigmoid, of x): softmax of a Linear with bias here, one for each layer.
-
-    >>> LowRankCross(429, 32, num_experts=4)(torch.randn(2, 429), torch.randn(2, 429)).shape
-    torch.Size([2, 429])
-    """
-
-    def __init__(
-        self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False, kernels: str = "auto"
-    ) -> None:
-        super().__init__()
-        self.num_experts, self.rank, self.kernels = num_experts, rank, kernels
-        self.u = nn.Linear(width, num_experts * rank, bias=False)
-        self.v = nn.Linear(num_experts * rank, width)
-        self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
-        self.inner = nn.ModuleList(
-            nn.Linear(rank, rank, bias=False) for _ in range(num_experts if inner and num_experts > 1 else 0)
-        )
-
-    def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x0 [B, width], x [B, width] -> [B, width]."""
-        if self.gate is None and on_triton(self.kernels, x.device, "low_rank_cross", x.dtype):
-            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels="triton")
-        hidden = self.u(x)  # [B, K * rank]
-        if self.gate is not None:
-            hidden = hidden.unflatten(1, (self.num_experts, self.rank))
-            if self.inner:
-                projected = torch.tanh(hidden).unbind(1)
-                hidden = torch.tanh(torch.stack([c(h) for c, h in zip(self.inner, projected, strict=True)], dim=1))
-            hidden = (torch.softmax(self.gate(x), dim=-1).unsqueeze(-1) * hidden).flatten(1)
-        return x0 * self.v(hidden) + x

@@ -27,7 +27,7 @@ class _Lookup(torch.autograd.Function):
             try:
                 return lookup_native(weight, ids, dtype)
             except RuntimeError:
-                check_ids(ids, len(weight))  # which the lookup does on its way, but only here is the error an IndexError
+                check_ids(ids, len(weight))  # as the lookup did, but this raises IndexError
                 raise
         return F.embedding(ids, weight).to(dtype)  # triton, too: little is left to gain (see triton.py)
 

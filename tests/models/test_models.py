@@ -19,6 +19,7 @@ CASES = {
     "autoint": (AutoInt, {}),
     "autoint-39": (AutoInt, {"numeric": "affine"}),
     "autoint-shortcut": (AutoInt, {"shortcut": "linear"}),
+    "autoint-cross": (AutoInt, {"shortcut": "cross"}),
     "autoint-paper": (AutoInt, {"variant": "paper", "dim": 16, "attention_dim": 64}),
     "dcnv2": (DCNv2, {}),
     "dcnv2-experts": (DCNv2, {"num_experts": 4}),
