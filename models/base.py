@@ -33,6 +33,12 @@ class CTRModel(nn.Module):
             if isinstance(module, EmbeddingTable):
                 module.store_as(dtype)
 
+    def shift_logits(self, shift: float) -> None:
+        """Add a number to every logit from now on, in the bias of a last layer."""
+        head = next(module for module in self.modules() if isinstance(module, LogitLinear))
+        with torch.no_grad():
+            head.bias += shift
+
     def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All other parameters as two groups for AdamW; only the matrices of linear layers decay.
 

@@ -75,10 +75,10 @@ def evaluate(model: CTRModel, split: Split | Part, **options: Any) -> dict[str, 
 
     Raises UserError for NaN or infinite logits.
     """
-    return evaluate_logits(predict(model, split, **options), _labels(split))
+    return evaluate_logits(predict(model, split, **options), labels_of(split))
 
 
-def _labels(split: Split | Part) -> np.ndarray:
+def labels_of(split: Split | Part) -> np.ndarray:
     """All labels uint8 [rows] of a split; piece by piece, because a slice may copy the features beside them."""
     return np.concatenate([split.slice(start, start + LABEL_ROWS).label for start in range(0, split.rows, LABEL_ROWS)])
 
@@ -101,7 +101,7 @@ def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: 
     expected = artifacts.outputs[name]["sha256"]
     if checksum != expected:
         raise UserError(f"{split.path} has the SHA-256 {checksum}, its artifacts.json says {expected}: prepare again")
-    logits, labels = predict(model, split, **options), _labels(split)
+    logits, labels = predict(model, split, **options), labels_of(split)
     return {
         "split": name,
         "file": split.path.name,

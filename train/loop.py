@@ -12,6 +12,7 @@ import torch
 
 from ctr_models import CTRModel
 
+from .calibrate import calibrate
 from .checkpoint import restore_rng, save_checkpoint
 from .data.artifacts import Artifacts
 from .data.dataset import Part, Split
@@ -95,6 +96,8 @@ class Trainer:
                 while (outcome := self._outcome(interrupt)) is None:
                     self._train_step(next(batches))
                     self._report(progress)
+                    if self.step == self.total_steps and self.config["calibration_rows"]:
+                        self._calibrate(progress)
                     if self._evaluates_now():
                         self._evaluate(progress)
                     elif time.monotonic() - self._saved_at > SAVE_SECONDS:
@@ -171,6 +174,16 @@ class Trainer:
         started = time.perf_counter()
         yield
         self._interval_started += time.perf_counter() - started
+
+    def _calibrate(self, progress: TrainingProgress) -> None:
+        """Move the bias of the logits by the last training rows."""
+        self._check_finite()
+        train = self.loader.split
+        rows = train.part(max(0, train.rows - self.config["calibration_rows"]), train.rows)
+        with self._not_counted():
+            shift = calibrate(self.model, rows, batch_size=self.config["batch_size"], device=self.device,
+                              precision=self.config["precision"])
+        progress.message(f"calibrated on {rows.rows:,} training rows: logits {shift:+.4f}")
 
     def _evaluate(self, progress: TrainingProgress) -> None:
         """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best; last.pt always."""

@@ -28,6 +28,8 @@ class Recipe:
         eval_every: steps between evaluations on validation rows, and one after the last step; 0: none, the last
             weights are the result.
         patience: stop after that many evaluations without a better logloss; 0: never.
+        calibration_rows: after the last step the logit's bias is moved until the mean prediction on that many
+            training rows, the last ones, is their click rate; 0: not at all.
         by_model: values that differ for a model, {"ft": {"lr": ...}}.
     """
 
@@ -52,6 +54,7 @@ class Recipe:
     precision: str = "fp32"
     eval_every: int = 0
     patience: int = 0
+    calibration_rows: int = 0
     by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -66,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
     # Up to a few million rows, prepared with --history --min-count 10. Two passes, in which the history teaches and the
     # rows of the tables can hardly learn single rows by heart: they move slowly, and a fifth of them is left out.
     "small": Recipe(epochs=2, batch_size=512, lr=4e-3, embedding_lr=0.005, schedule="linear", warmup=0.1, dropout=0.3,
-                    embedding_dropout=0.2, numeric="affine",
+                    embedding_dropout=0.2, numeric="affine", calibration_rows=1_000_000,
                     by_model={"autoint": {"shortcut": "cross"},
                               "ft": {"lr": 2e-3, "shortcut": "cross", "pooling": "mean"}}),
     # The 45 million rows of Criteo in one pass: reasoned from the others, not measured. Rows come often enough for a
@@ -106,7 +109,8 @@ def _check(values: Mapping[str, Any]) -> None:
     ranges = {
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
         "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
-        "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "dropout": (0.0, 1.0),
+        "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "calibration_rows": (0, None),
+        "dropout": (0.0, 1.0),
         "embedding_dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():

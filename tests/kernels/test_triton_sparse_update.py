@@ -7,16 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_parity
 from row_formulas import ExactTable
+from triton_traffic import counting
 
 from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_kernels.sparse_update import plan
@@ -192,24 +191,11 @@ def test_the_version_of_the_table_counts_up() -> None:
 @interpreted
 @pytest.mark.parametrize("name", ["rowwise-adagrad", "lazy-adam"])
 def test_every_row_is_read_and_written_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from triton.runtime.interpreter import interpreter_builder as builder
-
     torch.manual_seed(3)
     ids = torch.cat([torch.full((150,), 7), torch.randint(40, (60,)), torch.full((3,), 39)])
     weight, rows = torch.zeros(40, 16), torch.ones(len(ids), 16)
     state = new_state(name, weight)
-    accesses = {"load": Counter(), "store": Counter()}
-
-    def counted(kind: str, original):
-        def access(pointers, *arguments):
-            mask = arguments[0 if kind == "load" else 1].data.astype(bool)
-            accesses[kind].update(np.broadcast_to(pointers.data, mask.shape)[mask].ravel().tolist())
-            return original(pointers, *arguments)
-        return access
-
-    for kind in accesses:
-        method = f"create_masked_{kind}"
-        monkeypatch.setattr(builder, method, counted(kind, getattr(builder, method)))
+    accesses = counting(monkeypatch)
     update(name, weight, state, ids, rows, triton=True)
 
     def of(kind: str, tensor: torch.Tensor) -> torch.Tensor:

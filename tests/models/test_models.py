@@ -55,6 +55,15 @@ def test_any_batch_gives_finite_logits_and_gradients(case, make_batch, rows):
         assert grad.shape == parameter.shape and torch.isfinite(grad).all()
 
 
+def test_a_shift_moves_every_logit_by_as_much(case, make_batch):
+    build, _ = case
+    model = build().eval()
+    batch = make_batch(5)
+    before = model(*batch)
+    model.shift_logits(0.25)
+    torch.testing.assert_close(model(*batch), before + 0.25)
+
+
 def test_a_row_does_not_depend_on_the_others(case, make_batch):
     build, _ = case
     model = build(embedding_std=1.0).double().eval()

@@ -10,6 +10,7 @@ import torch
 from ctr_train import loop
 from ctr_train.checkpoint import load_checkpoint
 from ctr_train.errors import UserError
+from ctr_train.evaluate import evaluate
 from ctr_train.loop import Trainer
 from ctr_train.runlog import read_log
 
@@ -22,7 +23,7 @@ def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("model", "optimizer", "more"), [
     ("ft", "rowwise-adagrad", {}), ("autoint", "sgd", {"embedding_dtype": "bf16", "numeric": "piecewise"}),
-    ("dcnv2", "adagrad", {"embedding_weight_decay": 0.1, "numeric": "periodic"}),
+    ("dcnv2", "adagrad", {"embedding_weight_decay": 0.1, "numeric": "periodic", "calibration_rows": 500}),
     ("dcnv2", "lazy-adam", {"embedding_dtype": "bf16"})])
 def test_thirty_steps_and_thirty_more_are_sixty_bit_for_bit(make_trainer, tmp_path, model, optimizer, more):
     settings = {"model": model, "embedding_optimizer": optimizer, "eval_every": 20, "tables": "per-field", **more}
@@ -75,6 +76,31 @@ def test_the_loss_falls_and_the_log_says_so(make_trainer, tmp_path):
     assert all(entry["rows_per_s"] > 0 for entry in training)
     assert training[0]["lr"] == pytest.approx(1e-3 / 5) and training[4]["lr"] == pytest.approx(1e-3)
     assert {"logloss", "auc", "calibration"} <= evaluations[0].keys()
+
+
+@pytest.mark.parametrize("rows", [300, 10**9])
+def test_a_finished_run_is_calibrated_on_its_last_training_rows(make_trainer, tmp_path, rows):
+    trainer, stop = make_trainer("run", model="dcnv2", steps=5, calibration_rows=rows)
+    assert trainer.train(stop) == "finished"
+    train = trainer.loader.split
+    part = train.part(max(0, train.rows - rows), train.rows)
+    found = evaluate(trainer.model, part, batch_size=64, device="cpu", precision="fp32")
+    assert found["calibration"] == pytest.approx(1.0, abs=1e-5)
+    other, stop = make_trainer("other", model="dcnv2", steps=5, calibration_rows=0)
+    other.train(stop)
+    found = evaluate(other.model, part, batch_size=64, device="cpu", precision="fp32")
+    assert abs(found["calibration"] - 1.0) > 1e-3
+    changed = [name for name, tensor in weights(tmp_path / "run").items()
+               if not torch.equal(tensor, weights(tmp_path / "other")[name])]
+    assert changed == ["head.bias"]
+
+
+def test_an_interrupted_run_is_not_calibrated(make_trainer, tmp_path):
+    for name, rows in (("with", 300), ("without", 0)):
+        trainer, stop = make_trainer(name, model="dcnv2", stop_after=3, calibration_rows=rows)
+        assert trainer.train(stop) == "interrupted"
+    for name, tensor in weights(tmp_path / "with").items():
+        assert torch.equal(tensor, weights(tmp_path / "without")[name])
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_logloss(make_trainer, tmp_path, monkeypatch):
