@@ -124,8 +124,9 @@ void prefer_huge_pages(const Tensor& fresh) {
 Tensor new_output(std::vector<int64_t> shape, ScalarType type) {
   int64_t count = 1;
   for (const int64_t size : shape) count *= size;
-  const int64_t bytes = count * (type == ScalarType::BFloat16 ? 2 : 4);
-  if (bytes < kHugePage / 2) return torch::stable::empty(shape, type);
+  const int64_t bytes = count * (type == ScalarType::Float ? 4 : 2);
+  const bool known = type == ScalarType::Float || type == ScalarType::BFloat16;
+  if (!known || bytes < kHugePage / 2) return torch::stable::empty(shape, type);
   if (cache().limit(-1) == 0) {
     Tensor plain = torch::stable::empty(shape, type);
     prefer_huge_pages(plain);

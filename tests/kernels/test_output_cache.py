@@ -74,6 +74,14 @@ def test_a_smaller_output_does_not_take_a_much_larger_block() -> None:
     assert attention(BATCH // 2).data_ptr() != large
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_large_outputs_of_other_dtypes_have_room(dtype: torch.dtype) -> None:
+    table = torch.arange(6400, dtype=dtype).view(100, 64) / 8
+    ids = torch.arange(100).repeat(100)
+    found = [torch.ops.ctr.embedding_lookup(table, ids, False) for _ in range(2)]
+    assert all(torch.equal(x, table[ids]) for x in found)
+
+
 def test_bad_bounds_are_named() -> None:
     with pytest.raises(ValueError, match="num_bytes=-1"):
         set_output_cache(-1)
