@@ -1,6 +1,8 @@
 """Fixtures of all tests: the fused backends to be held against the reference, each with all it can run here."""
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +27,20 @@ def simd_levels() -> list[str]:
     return found
 
 
-@pytest.fixture(params=simd_levels() or [pytest.param("", marks=pytest.mark.skip(reason=f"native: {NATIVE_ABSENT}"))])
+def fused_backends() -> list[Any]:
+    """Parameters of `fused`: each instruction set of the native kernels; in Triton's interpreter, Triton's."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ["triton"]
+    absent = pytest.param("", marks=pytest.mark.skip(reason=f"native: {NATIVE_ABSENT}"))
+    return simd_levels() or [absent]
+
+
+@pytest.fixture(params=fused_backends())
 def fused(request: pytest.FixtureRequest) -> Iterator[str]:
     """The `kernels=` of a fused backend, set to one instruction set after the other."""
+    if request.param == "triton":
+        yield "triton"
+        return
     active = torch.ops.ctr.select_simd("")
     torch.ops.ctr.select_simd(request.param)
     yield "native"

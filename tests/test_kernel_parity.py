@@ -1,6 +1,15 @@
-"""The contract of every fused kernel: as exact as PyTorch in the same dtype (the rule: tests/parity.py)."""
+"""The contract of every fused kernel: as exact as PyTorch in the same dtype (the rule: tests/parity.py).
 
+The native kernels run it on every instruction set; the Triton kernels, on smaller shapes, in Triton's interpreter,
+which is chosen before Triton is imported: one test runs this file in a process of its own.
+"""
+
+import importlib.util
 import itertools
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -25,11 +34,24 @@ from ctr_kernels.philox import dropout_mask_torch
 from ctr_kernels.sparse_update.reference import update_reference
 from ctr_kernels.sparse_update.rule import RowState, Rule
 
-DTYPES = (torch.float32, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16)  # bf16 is wrong in the interpreter
+native_only = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
 OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
               "lazy-adam": SparseLazyAdam}
 
-properties = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+properties = settings(max_examples=4 if INTERPRETED else 40, deadline=None,
+                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@native_only
+def test_the_triton_kernels_in_the_interpreter() -> None:
+    run = subprocess.run([sys.executable, "-m", "pytest", "-o", "addopts=", "-q", __file__],
+                         capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    found = re.search(r"(\d+) passed", run.stdout)
+    assert found and int(found[1]) >= 50, run.stdout[-500:]
 
 
 def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
@@ -54,6 +76,7 @@ def test_attention(fused: str, head_dim: int, dropout_p: float, dtype: torch.dty
         check_attention(fused, q, k, v, heads, dropout_p)
 
 
+@native_only
 def test_attention_at_full_size(fused: str) -> None:
     torch.manual_seed(1)
     check_attention(fused, *torch.randn(4096, 27, 192).chunk(3, dim=-1), 4, 0.1)
@@ -118,10 +141,12 @@ def check_ffn(kernels: str, inputs: Tensors, activation: str, dropout_p: float =
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_ffn(fused: str, activation: str, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    for tokens, dim, hidden in [(0, 64, 256), (1, 64, 128), (96, 64, 256), (200, 20, 8), (81, 8, 72), (300, 64, 256)]:
+    large = [] if INTERPRETED else [(96, 64, 256), (300, 64, 256)]
+    for tokens, dim, hidden in [(0, 64, 256), (1, 64, 128), (200, 20, 8), (81, 8, 72), *large]:
         check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
 
 
+@native_only
 def test_ffn_at_full_size(fused: str) -> None:
     torch.manual_seed(5)
     x, *weights = ffn_inputs(4096 * 27, 64, 256, torch.float32)
@@ -147,7 +172,7 @@ def test_ffn_of_any_shape(fused: str, tokens: int, dim: int, eighths: int, activ
     check_ffn(fused, ffn_inputs(tokens, dim, 8 * eighths, dtype), activation, dropout_p)
 
 
-@pytest.mark.parametrize("hidden", [8, 64, 72, 256])
+@pytest.mark.parametrize("hidden", [8, 64, 72, pytest.param(256, marks=native_only)])
 def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) -> None:
     ones = torch.ones(hidden)
     out = ffn(torch.zeros(100, hidden), torch.zeros(hidden, hidden), ones, torch.eye(hidden), 0 * ones,
@@ -160,8 +185,8 @@ def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) ->
 def test_layer(fused: str, norm: str, dropout_p: float) -> None:
     """The halves of a layer, norms and residuals included."""
     torch.manual_seed(9)
-    for batch, fields, dim, heads, hidden in [(0, 27, 64, 4, 256), (1, 1, 16, 2, 8), (5, 27, 64, 4, 256),
-                                              (3, 40, 48, 3, 72), (11, 28, 64, 1, 128)]:
+    large = [] if INTERPRETED else [(5, 27, 64, 4, 256), (11, 28, 64, 1, 128)]
+    for batch, fields, dim, heads, hidden in [(0, 27, 64, 4, 256), (1, 1, 16, 2, 8), (3, 40, 48, 3, 72), *large]:
         layer = TransformerLayer(dim, heads, hidden, norm=norm, dropout=dropout_p)
         for module in (layer.attention_norm, layer.ffn_norm):
             torch.nn.init.normal_(module.weight)
@@ -187,6 +212,7 @@ def id_batches(num_rows: int) -> list[torch.Tensor]:
     return [uniform[:0], uniform[:1, :1], uniform, skewed, column, torch.full((4096, 26), num_rows // 2)]
 
 
+@native_only  # the interpreter takes minutes for the row updates; kernels/test_triton_sparse_update.py has small ones
 @pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (1000, 64), (3000, 13), (70, 1100)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int) -> None:
@@ -233,6 +259,7 @@ def test_an_id_outside_the_table_is_named(fused: str, bad: int) -> None:
             table(ids.view(shape))
 
 
+@native_only
 def test_an_update_outside_the_table_is_refused(fused: str) -> None:
     table = EmbeddingTable(50, 8, kernels=fused)
     table.weight.grad = torch.sparse_coo_tensor([[3, 50]], torch.ones(2, 8), (50, 8), check_invariants=False)
@@ -242,6 +269,7 @@ def test_an_update_outside_the_table_is_refused(fused: str) -> None:
     assert torch.equal(table.weight, before)
 
 
+@native_only
 def test_results_do_not_depend_on_the_number_of_threads(fused: str) -> None:
     torch.manual_seed(8)
     q, grad = torch.randn(64, 27, 64), torch.randn(64, 27, 64)
