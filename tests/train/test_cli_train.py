@@ -333,7 +333,8 @@ def few_rows(tmp_path_factory) -> Path:
 def test_triton_kernels_train_as_eager_ones_do(ctr_train, few_rows, tmp_path, model):
     """In Triton's interpreter: three steps with dropout, whose masks are the same, then the gold rows."""
     arguments = ["--model", model, "--data", str(few_rows), "--batch-size", "2", "--steps-per-epoch", "3",
-                 "--epochs", "1", "--dropout", "0.1", "--warmup", "0", "--device", "cpu", "--threads", "1"]
+                 "--epochs", "1", "--dropout", "0.1", "--warmup", "0", "--calibration-rows", "0", "--device", "cpu",
+                 "--threads", "1"]
     done = subprocess.run([*COMMAND, *arguments, "--kernels", "triton", "--out", str(tmp_path / "triton")],
                           capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
