@@ -37,7 +37,7 @@ class CTRModel(nn.Module):
         """Add a number to every logit from now on, in the bias of a last layer."""
         head = next(module for module in self.modules() if isinstance(module, LogitLinear))
         with torch.no_grad():
-            head.bias += shift
+            head.bias.add_(shift)
 
     def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All other parameters as two groups for AdamW; only the matrices of linear layers decay.
