@@ -145,7 +145,8 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kMax});
   if (args.dropout.threshold != 0) score_gradient<true>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
   else score_gradient<false>(s.p, s.dp, nullptr, fields, args.scale, s.inverse);
-  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride, Store{dq.data, dq.stride, args.around});
+  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride,
+                           Store{dq.data, dq.stride, args.around});
   gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride, args.around});
   gemm<Layout::rows>(fields, width, fields, s.p, Pitch{}, go.data, go.stride, Store{dv.data, dv.stride, args.around});
   flush(args, args.dq, sample, head, dq);

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from ctr_kernels import EmbeddingTable
 
 from .checks import check_choice
-from .cross import LowRankCross
+from .cross import CROSS_LAYERS, CROSS_RANK, LowRankCross, cross_network
 
 SHORTCUTS = ("none", "linear", "mlp", "cross")
-CROSS_LAYERS, CROSS_RANK = 3, 32  # DCNv2's, as its MLP
-MLP_DIMS = (256, 128, 64)
+MLP_DIMS = (256, 128, 64)  # of the baseline study's DCNv2
 
 
 class CTRModel(nn.Module):
@@ -111,10 +110,7 @@ class CrossShortcut(nn.Module):
 
     def forward(self, x0: torch.Tensor) -> torch.Tensor:
         """[B, width] -> logits [B]."""
-        x = x0
-        for layer in self.cross:
-            x = layer(x0, x)
-        return self.head(torch.cat([x, self.mlp(x0)], dim=1))
+        return self.head(torch.cat([cross_network(self.cross, x0), self.mlp(x0)], dim=1))
 
 
 def logit_shortcut(shortcut: str, width: int, dropout: float, kernels: str = "auto") -> nn.Sequential | None:

@@ -1,10 +1,22 @@
 """Cross layers of DCN-V2: every one multiplies the input by a linear map of what came out so far."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from ctr_kernels import low_rank_cross
 from ctr_kernels.backend import on_triton
+
+CROSS_LAYERS, CROSS_RANK = 3, 32  # of the baseline study's network
+
+
+def cross_network(layers: Iterable[nn.Module], x0: torch.Tensor) -> torch.Tensor:
+    """x0 [B, width] through cross layers one after the other, each of which is given x0 again -> [B, width]."""
+    x = x0
+    for layer in layers:
+        x = layer(x0, x)
+    return x
 
 
 class FullRankCross(nn.Module):

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .base import CTRModel, LogitLinear, mlp
+from .base import MLP_DIMS, CTRModel, LogitLinear, mlp
 from .checks import check_choice, check_dropout, check_inputs, check_positive
-from .cross import FullRankCross, LowRankCross
+from .cross import CROSS_LAYERS, CROSS_RANK, FullRankCross, LowRankCross, cross_network
 from .tokenizer import FeatureTokenizer, FieldEmbedding
 
 
@@ -58,10 +58,10 @@ class DCNv2(CTRModel):
         dim: int = 16,
         num_dense: int = 13,
         num_sparse: int = 26,
-        num_layers: int = 3,
+        num_layers: int = CROSS_LAYERS,
         rank: int | None = None,
         num_experts: int = 1,
-        mlp_dims: Sequence[int] = (256, 128, 64),
+        mlp_dims: Sequence[int] = MLP_DIMS,
         structure: str = "parallel",
         norm: str = "none",
         dropout: float = 0.1,
@@ -85,7 +85,7 @@ class DCNv2(CTRModel):
         if not mlp_dims:
             raise ValueError(f"mlp_dims={mlp_dims!r}: at least one layer is needed")
         if rank is None and variant == "study":
-            rank = 32
+            rank = CROSS_RANK
         if rank is None and num_experts > 1:
             raise ValueError(f"num_experts={num_experts}: experts are low-rank; give a rank as well")
         if rank is not None:
@@ -115,9 +115,7 @@ class DCNv2(CTRModel):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
         x0 = self._concatenate(dense, sparse)
-        x = x0
-        for layer in self.cross:
-            x = layer(x0, x)
+        x = cross_network(self.cross, x0)
         if self.structure == "stacked":
             return self.head(self.mlp(x))
         return self.head(torch.cat([x, self.mlp(x0)], dim=1))

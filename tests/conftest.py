@@ -1,11 +1,11 @@
 """Fixtures of all tests: the fused backends to be held against the reference, each with all it can run here."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from triton_interpreter import INTERPRETED
 
 from ctr_kernels.library import NATIVE_ABSENT
 
@@ -29,7 +29,7 @@ def simd_levels() -> list[str]:
 
 def fused_backends() -> list[Any]:
     """Parameters of `fused`: each instruction set of the native kernels; in Triton's interpreter, Triton's."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return ["triton"]
     absent = pytest.param("", marks=pytest.mark.skip(reason=f"native: {NATIVE_ABSENT}"))
     return simd_levels() or [absent]

@@ -110,8 +110,7 @@ def _check(values: Mapping[str, Any]) -> None:
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
         "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
         "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "calibration_rows": (0, None),
-        "dropout": (0.0, 1.0),
-        "embedding_dropout": (0.0, 1.0),
+        "dropout": (0.0, 1.0), "embedding_dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():
         value = values[key]

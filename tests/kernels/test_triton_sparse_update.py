@@ -3,10 +3,6 @@
 The interpreter is chosen before Triton is imported, so the first test runs this file in a process of its own.
 """
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from parity import assert_parity
 from row_formulas import ExactTable
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting
 
 from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
@@ -25,19 +22,13 @@ from ctr_kernels.sparse_update.rule import RowState, Rule
 pytest.importorskip("triton")
 from ctr_kernels.sparse_update import triton as kernels  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
 OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
               "lazy-adam": SparseLazyAdam}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+@outside
 def test_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "not gpu", __file__], capture_output=True, text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    counts = {kind: int(count) for count, kind in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
-    assert counts["passed"] >= 15 and counts["skipped"] == 1, done.stdout[-2000:]
+    run_in_the_interpreter(__file__, at_least=15)
 
 
 @pytest.fixture
