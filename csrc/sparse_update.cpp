@@ -1,10 +1,9 @@
 // ctr::embedding_lookup, and the updates of the rows that a step touched, on CPUs.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <utility>
+#include <cmath>
 
-#include "tensor_args.h"
+#include "sorted_ids.h"
 
 namespace ctr {
 namespace {
@@ -14,105 +13,6 @@ Ids ids_of(const Tensor& ids) {
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, "ids must be int32 or int64");
   STD_TORCH_CHECK(ids.is_contiguous(), "ids must be contiguous");
   return {ids.const_data_ptr(), ids.numel(), type == ScalarType::Long};
-}
-
-// Position of the first id of [first, last) outside [0, num_rows), or -1.
-int64_t find_bad(const Ids& ids, int64_t num_rows, int64_t first, int64_t last) {
-  constexpr int64_t kBlock = 1024;
-  for (int64_t begin = first; begin < last; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, last);
-    bool bad = false;
-    if (ids.wide) {
-      const auto* p = static_cast<const int64_t*>(ids.data);
-      for (int64_t i = begin; i < end; ++i) bad |= static_cast<uint64_t>(p[i]) >= static_cast<uint64_t>(num_rows);
-    } else {
-      const auto* p = static_cast<const int32_t*>(ids.data);
-      for (int64_t i = begin; i < end; ++i) bad |= p[i] < 0 || p[i] >= num_rows;
-    }
-    for (int64_t i = begin; bad && i < end; ++i)
-      if (ids[i] < 0 || ids[i] >= num_rows) return i;
-  }
-  return -1;
-}
-
-[[noreturn]] void refuse(const Ids& ids, int64_t num_rows) {
-  const int64_t bad = find_bad(ids, num_rows, 0, ids.count);
-  STD_TORCH_CHECK(false, "id ", ids[bad], " at position ", bad, " is outside the table of ", num_rows, " rows");
-}
-
-// Pairs id << 32 | position in ascending order: a least-significant-digit radix sort on the bits that ids below
-// num_rows use, which it checks. Stable, so equal ids keep their order and sums are the same for any number of threads.
-class SortedIds {
- public:
-  SortedIds(const Ids& ids, int64_t num_rows)
-      : count_(ids.count),
-        memory_(new_output({2 * 2 * ids.count}, ScalarType::Float)),
-        pairs_(static_cast<uint64_t*>(memory_.mutable_data_ptr())),
-        spare_(pairs_ + ids.count) {
-    STD_TORCH_CHECK(count_ < (int64_t{1} << 32) && num_rows <= (int64_t{1} << 32),
-                    "more than 2^32 ids or rows are not supported");
-    chunks_ = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), count_ / 4096));
-    std::atomic<bool> good{true};
-    for_chunks([&](int64_t, int64_t begin, int64_t end) {
-      if (find_bad(ids, num_rows, begin, end) >= 0) good = false;
-      for (int64_t i = begin; i < end; ++i)
-        pairs_[i] = static_cast<uint64_t>(ids[i]) << 32 | static_cast<uint64_t>(i);
-    });
-    if (!good) refuse(ids, num_rows);
-    int bits = 0;
-    while ((num_rows - 1) >> bits) ++bits;
-    const int passes = (bits + kMaxBits - 1) / kMaxBits;
-    for (int pass = 0, low = 0; pass < passes; ++pass) {
-      const int width = (bits - low + passes - pass - 1) / (passes - pass);
-      scatter(32 + low, width);
-      low += width;
-    }
-  }
-  const uint64_t* data() const { return pairs_; }
-  int64_t count() const { return count_; }
-
- private:
-  static constexpr int kMaxBits = 11;  // 2048 counters and 2048 open cache lines
-
-  template <class F>
-  void for_chunks(const F& f) const {
-    torch::stable::parallel_for(0, chunks_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c) f(c, count_ * c / chunks_, count_ * (c + 1) / chunks_);
-    });
-  }
-
-  void scatter(int shift, int width) {
-    const int64_t buckets = int64_t{1} << width;
-    const uint64_t mask = buckets - 1;
-    std::vector<int64_t> offsets(chunks_ * buckets);
-    for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
-      int64_t* own = offsets.data() + chunk * buckets;
-      for (int64_t i = begin; i < end; ++i) ++own[pairs_[i] >> shift & mask];
-    });
-    int64_t total = 0;
-    for (int64_t bucket = 0; bucket < buckets; ++bucket)
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const int64_t here = offsets[chunk * buckets + bucket];
-        offsets[chunk * buckets + bucket] = total;
-        total += here;
-      }
-    for_chunks([&](int64_t chunk, int64_t begin, int64_t end) {
-      int64_t* own = offsets.data() + chunk * buckets;
-      for (int64_t i = begin; i < end; ++i) spare_[own[pairs_[i] >> shift & mask]++] = pairs_[i];
-    });
-    std::swap(pairs_, spare_);
-  }
-
-  int64_t count_, chunks_;
-  Tensor memory_;  // of both halves
-  uint64_t *pairs_, *spare_;
-};
-
-// A run of equal ids belongs to the task in which it starts.
-int64_t run_start(const SortedIds& sorted, int64_t i) {
-  const uint64_t* pairs = sorted.data();
-  while (i > 0 && i < sorted.count() && pairs[i] >> 32 == pairs[i - 1] >> 32) ++i;
-  return i;
 }
 
 // Checks a state tensor that a rule keeps, and gives its memory.
@@ -211,9 +111,9 @@ void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Ten
   constexpr int64_t kTask = 2048;
   const int64_t tasks = (all.count + kTask - 1) / kTask;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) {
-    const int64_t begin = run_start(sorted, from * kTask);
-    const int64_t end = run_start(sorted, std::min(to * kTask, all.count));
-    if (begin < end) kernels.update_rows(args, sorted.data() + begin, end - begin);
+    const int64_t begin = sorted.run_start(from * kTask);
+    const int64_t end = sorted.run_start(std::min(to * kTask, all.count));
+    if (begin < end) kernels.update_rows(args, sorted.grouped(begin, end), end - begin);
   });
 }
 

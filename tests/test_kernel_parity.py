@@ -205,7 +205,7 @@ def id_batches(num_rows: int) -> list[torch.Tensor]:
 
 
 @native_only  # the interpreter takes minutes for the row updates; kernels/test_triton_sparse_update.py has small ones
-@pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (1000, 64), (3000, 13), (70, 1100)])
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 8), (1000, 64), (3000, 13), (40000, 5), (70, 1100)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_lookup_and_update(fused: str, name: str, num_rows: int, dim: int) -> None:
     torch.manual_seed(7)
