@@ -1,5 +1,6 @@
 // The kernel table of one instruction set: included by isa_*.cpp after CTR_ISA, CTR_WIDTH and CTR_TABLE are set.
 #include "attention_kernel.h"
+#include "cross_kernel.h"
 #include "ffn_kernel.h"
 #include "linear_kernel.h"
 #include "sparse_kernel.h"
@@ -13,6 +14,8 @@ const KernelTable CTR_TABLE = {CTR_ISA::W,
                                CTR_ISA::ffn_backward,
                                CTR_ISA::linear_forward,
                                CTR_ISA::linear_backward,
+                               CTR_ISA::cross_forward,
+                               CTR_ISA::cross_backward,
                                CTR_ISA::lookup_rows,
                                CTR_ISA::update_rows};
 

@@ -88,6 +88,24 @@ struct LinearGradients {
   float *gamma, *beta;  // [in]
 };
 
+constexpr int64_t kCrossTile = 32;  // rows of a tile
+
+// wp and rp are width and rank rounded up to 16; weights are padded with zeros, [B, width] tensors are not.
+struct CrossArgs {
+  int64_t rows, width, wp, rp;
+  const float *x0, *x, *grad;  // [rows, width]; grad: of y, backward only
+  const float *ut, *v;         // [width, rp]; v: backward only
+  const float *vt, *u;         // [rp, wp]; u: backward only
+  const float* bias;           // [wp]
+  float *y, *grad_x0, *grad_x;  // [rows, width]; forward, and backward
+};
+
+// Sums over the rows of one task; zero at the start.
+struct CrossGradients {
+  float *ut, *v;  // [width, rp]
+  float* bias;    // [wp]
+};
+
 struct Ids {
   const void* data;  // int64 where wide, else int32
   int64_t count;
@@ -135,6 +153,8 @@ struct KernelTable {
   void (*ffn_backward)(const FfnArgs&, const FfnGradients&, int64_t first_tile, int64_t last_tile);
   void (*linear_forward)(const LinearArgs&, int64_t first_tile, int64_t last_tile);
   void (*linear_backward)(const LinearArgs&, const LinearGradients&, int64_t first_tile, int64_t last_tile);
+  void (*cross_forward)(const CrossArgs&, int64_t first_tile, int64_t last_tile);
+  void (*cross_backward)(const CrossArgs&, const CrossGradients&, int64_t first_tile, int64_t last_tile);
   void (*lookup_rows)(const RowLookup&, int64_t first_id, int64_t last_id);
   // sorted[i] = id << 32 | position; whole runs of equal ids.
   void (*update_rows)(const RowUpdate&, const uint64_t* sorted, int64_t n);

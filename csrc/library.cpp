@@ -39,6 +39,9 @@ Tensor ffn_block(Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_re
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_block_backward(
     Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
     Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed);
+Tensor low_rank_cross(Tensor x0, Tensor x, Tensor u, Tensor v, Tensor bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_cross_backward(Tensor grad_out, Tensor x0, Tensor x,
+                                                                           Tensor u, Tensor v, Tensor bias);
 void use_huge_pages(Tensor table);
 int64_t first_bad_id(Tensor ids, int64_t num_rows);
 Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen);
@@ -66,6 +69,8 @@ STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {
   m.impl("attention_block_backward", TORCH_BOX(&ctr::attention_block_backward));
   m.impl("ffn_block", TORCH_BOX(&ctr::ffn_block));
   m.impl("ffn_block_backward", TORCH_BOX(&ctr::ffn_block_backward));
+  m.impl("low_rank_cross", TORCH_BOX(&ctr::low_rank_cross));
+  m.impl("low_rank_cross_backward", TORCH_BOX(&ctr::low_rank_cross_backward));
   m.impl("use_huge_pages", TORCH_BOX(&ctr::use_huge_pages));
   m.impl("first_bad_id", TORCH_BOX(&ctr::first_bad_id));
   m.impl("embedding_lookup", TORCH_BOX(&ctr::embedding_lookup));

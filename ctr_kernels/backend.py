@@ -14,6 +14,7 @@ CHOICES = ("auto", "eager", "native", "triton")
 NATIVE_DTYPES = {
     "field_attention": (torch.float32, torch.bfloat16),
     "ffn": (torch.float32, torch.bfloat16),
+    "low_rank_cross": (torch.float32, torch.bfloat16),
     "sparse_update": (torch.float32, torch.bfloat16),
 }
 
@@ -23,7 +24,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Operations that each backend implements; `auto` takes the fastest one that has the operation.
 IMPLEMENTED: dict[str, frozenset[str]] = {
     "eager": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
-    "native": frozenset({"field_attention", "ffn", "sparse_update"}),
+    "native": frozenset({"field_attention", "ffn", "low_rank_cross", "sparse_update"}),
     "triton": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
 }
 

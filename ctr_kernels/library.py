@@ -32,6 +32,9 @@ LIBRARY.define("ffn_block(Tensor x, Tensor gamma, Tensor beta, float eps, bool n
 LIBRARY.define("ffn_block_backward(Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, float eps, "
                "bool normed_residual, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int activation, float dropout_p, "
                "Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.define("low_rank_cross(Tensor x0, Tensor x, Tensor u, Tensor v, Tensor bias) -> Tensor")
+LIBRARY.define("low_rank_cross_backward(Tensor grad_out, Tensor x0, Tensor x, Tensor u, Tensor v, Tensor bias) "
+               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.define("use_huge_pages(Tensor(a!) table) -> ()")
 LIBRARY.define("first_bad_id(Tensor ids, int num_rows) -> int")
 LIBRARY.define("embedding_lookup(Tensor weight, Tensor ids, bool widen) -> Tensor")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ctr_kernels import low_rank_cross
-from ctr_kernels.backend import on_triton
+from ctr_kernels.backend import resolve
 
 CROSS_LAYERS, CROSS_RANK = 3, 32  # of the baseline study's network
 
@@ -69,8 +69,8 @@ class LowRankCross(nn.Module):
 
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
-        if self.gate is None and on_triton(self.kernels, x.device, "low_rank_cross", x.dtype):
-            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels="triton")
+        if self.gate is None and resolve(self.kernels, x.device, "low_rank_cross", x.dtype) != "eager":
+            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels=self.kernels)
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))

@@ -24,8 +24,10 @@ from ctr_kernels import (
     TransformerLayer,
     ffn,
     field_attention,
+    low_rank_cross,
 )
 from ctr_kernels.attention.reference import field_attention_reference
+from ctr_kernels.cross.reference import low_rank_cross_reference
 from ctr_kernels.ffn.reference import ffn_reference
 from ctr_kernels.philox import dropout_mask_torch
 from ctr_kernels.sparse_update.reference import update_reference
@@ -43,7 +45,7 @@ properties = settings(max_examples=4 if INTERPRETED else 40, deadline=None,
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @native_only
 def test_the_triton_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, at_least=50, skipped=22)
+    run_in_the_interpreter(__file__, at_least=55, skipped=27)
 
 
 def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
@@ -195,6 +197,36 @@ def test_layer(fused: str, norm: str, dropout_p: float) -> None:
         check(partial(run, fused), partial(run, "eager"), [x, *weights], grad_out / max(1, batch * fields) ** 0.5)
 
 
+def check_cross(kernels: str, batch: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
+    shapes = [(batch, width), (batch, width), (rank, width), (width, rank), (width,)]
+    inputs = [(torch.randn(s) / (s[-1] ** 0.5 if i in (2, 3) else 1.0)).to(dtype) for i, s in enumerate(shapes)]
+    grad_out = torch.randn(batch, width) / max(1, batch) ** 0.5  # sums over the rows are then about 1
+    check(partial(low_rank_cross, kernels=kernels), low_rank_cross_reference, inputs, grad_out.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross(fused: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(11)
+    large = [] if INTERPRETED else [(100, 2496, 32), (4096, 429, 32)]
+    for batch, width, rank in [(0, 429, 32), (1, 1, 1), (3, 5, 1), (40, 429, 32), (33, 128, 20), (7, 70, 60), *large]:
+        check_cross(fused, batch, width, rank, dtype)
+
+
+@native_only
+@properties
+@given(st.integers(0, 100), st.integers(1, 100), st.integers(1, 70), st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_cross_of_any_shape(fused: str, batch: int, width: int, rank: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_cross(fused, batch, width, rank, dtype)
+
+
+def test_cross_of_any_strides(fused: str) -> None:
+    torch.manual_seed(12)
+    x0, x = torch.randn(1, 20).expand(6, 20), torch.randn(20, 6).t()
+    weights = [torch.randn(20, 4).t(), torch.randn(4, 20).t(), torch.randn(1).expand(20)]
+    check(partial(low_rank_cross, kernels=fused), low_rank_cross_reference, [x0, x, *weights], torch.randn(20, 6).t())
+
+
 def id_batches(num_rows: int) -> list[torch.Tensor]:
     """Ids [B, 26] of every kind: none, one, uniform, skewed, a column of equal ids, all ids equal."""
     uniform = torch.randint(num_rows, (300, 26))
@@ -266,6 +298,7 @@ def test_results_do_not_depend_on_the_number_of_threads(fused: str) -> None:
     torch.manual_seed(8)
     q, grad = torch.randn(64, 27, 64), torch.randn(64, 27, 64)
     weights = ffn_inputs(1, 64, 256, torch.float32)[1:]
+    cross = [torch.randn(shape) for shape in [(300, 100), (300, 100), (8, 100), (100, 8), (100,)]]
     ids, rows = (torch.rand(20000) ** 4 * 999).long(), torch.randn(20000, 64)
     threads, results = torch.get_num_threads(), []
     try:
@@ -278,6 +311,7 @@ def test_results_do_not_depend_on_the_number_of_threads(fused: str) -> None:
             results.append([
                 *with_gradients(lambda q: field_attention(q, q, q, num_heads=4, kernels=fused), [q], grad),
                 *with_gradients(lambda *t: ffn(*t, dropout_p=0.1, seed=1, kernels=fused), [q, *weights], grad),
+                *with_gradients(partial(low_rank_cross, kernels=fused), cross, cross[0].cos()),
                 table.weight.detach(),
             ])
     finally:

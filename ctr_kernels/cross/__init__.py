@@ -4,6 +4,7 @@ import torch
 
 from ..backend import resolve
 from ..checks import autocast, same_float
+from .native import low_rank_cross_native
 from .reference import low_rank_cross_reference
 
 
@@ -22,7 +23,7 @@ def low_rank_cross(
         x0, x: [B, W], the input of the cross network and of this layer.
         u: [R, W], as `nn.Linear(W, R)` keeps it.
         v, bias: [W, R] and [W], as `nn.Linear(R, W)` keeps them.
-        kernels: "auto", "eager" or "triton".
+        kernels: "auto", "eager", "native" or "triton".
 
     Returns: [B, W], dtype of x; under autocast in its dtype.
 
@@ -42,8 +43,9 @@ def low_rank_cross(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x0 {tuple(x0.shape)} and u "
                              f"{tuple(u.shape)} it must be {expected[name]}")
     same_float({"x0": x0, "x": x, "u": u, "v": v, "bias": bias})
-    if resolve(kernels, x.device, "low_rank_cross", x.dtype) == "triton":
+    backend = resolve(kernels, x.device, "low_rank_cross", x.dtype)
+    if backend == "triton":
         from .triton import low_rank_cross_triton as run
     else:
-        run = low_rank_cross_reference
+        run = low_rank_cross_native if backend == "native" else low_rank_cross_reference
     return run(x0, x, u, v, bias)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ctr_kernels import BackendUnavailable, EmbeddingTable, TransformerLayer, ffn, field_attention
+from ctr_kernels import BackendUnavailable, EmbeddingTable, TransformerLayer, ffn, field_attention, low_rank_cross
 from ctr_kernels.library import NATIVE_ABSENT
 
 pytestmark = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=f"native: {NATIVE_ABSENT}")
@@ -48,6 +48,13 @@ def test_opcheck_of_the_halves_of_a_layer(norm: bool) -> None:
     opcheck(OPS.ffn_block, (*inputs, 0, 0.1, SEED))
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
     opcheck(OPS.ffn_block_backward, (torch.randn(7, 32), *detached, 0, 0.1, SEED))
+
+
+def test_opcheck_of_the_cross_layer() -> None:
+    shapes = [(6, 20), (6, 20), (4, 20), (20, 4), (20,)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    opcheck(OPS.low_rank_cross, inputs)
+    opcheck(OPS.low_rank_cross_backward, (torch.randn(6, 20), *(t.detach() for t in inputs)))
 
 
 def test_opcheck_of_lookup_and_updates() -> None:
@@ -96,6 +103,7 @@ def test_autocast_takes_mixed_dtypes(kernels: str) -> None:
 @pytest.mark.parametrize("function", [
     lambda x: field_attention(x, x, x, num_heads=2, kernels="native"),
     lambda x: ffn(x, *weights(False), kernels="native"),
+    lambda x: low_rank_cross(x[0], x[1], *(torch.randn(s) for s in [(4, 32), (32, 4), (32,)]), kernels="native"),
 ])
 def test_a_second_derivative_is_refused(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.randn(2, 5, 32, requires_grad=True)
