@@ -13,178 +13,62 @@ Traffic next to the floor, B=4096, F=27, D=64, H=4, fp32 (elements of e bytes; n
     forward    4 n e = 113 MB, the floor (q, k, v read, o written); 4 B H F^2 d = 0.76 GFLOP, 1.07 padded to 32
     backward   7 n e = 198 MB, the floor (do, q, k, v read, dq, dk, dv written); 10 B H F^2 d = 1.9 GFLOP, 2.7 padded
 
+Where the backward of F > 32 would spill, on sm_80 at d >= 32 in fp32 and at d = 64 in half precision, it takes a slice
+of the head's columns at a time, and q and k once more from the cache.
+
 Occupancy at F <= 32 and d = 16 (RESIDENT): forward 16 warps a multiprocessor in fp32 and 24 in half precision,
-backward 8 and 16; elsewhere 8 at least. All loads and stores are 16 bytes a thread. Nothing spills but the backward
-for F > 32 on sm_80 at d >= 32 in fp32 and at d = 64 in half precision, in every configuration tried.
+backward 8 and 16; elsewhere 8 at least. All loads and stores are 16 bytes a thread, and nothing spills.
 
 At "highest" precision fp32 dots are three TF32 MMAs each: 96 `mma.m16n8k8` a pair forward and 240 backward, against
 1,024 and 2,560 FMA instructions a lane with "ieee", which also reads every operand from shared memory many times.
 """
 
 import itertools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from ..library import LIBRARY, last_dim_contiguous, no_double_backward
 from ..philox import threshold
 from ..triton_autotune import launch_choice
-from ..triton_support import (
-    CAPABILITIES,
-    Spec,
-    architecture,
-    capability,
-    dot,
-    dropout_keep,
-    exp2_flushed,
-    input_precision,
-    register,
-)
+from ..triton_support import CAPABILITIES, Spec, architecture, capability, input_precision, register
 from .native import _fake, _fake_backward, _fake_packed, _fake_packed_backward, _save, _save_packed
+from .triton_kernels import backward_kernel, forward_kernel, sliced_backward_kernel
 
 LOG2_E = 1.4426950408889634
 SMALLEST_NORMAL = 2.0**-126
 
-# Launch configurations, (pairs a program, warps): the default by BLOCK_F; and, where that would spill, by direction,
-# arithmetic ("half": fp16 and bf16), BLOCK_F, BLOCK_D and architecture (ANY: where it has no row of its own).
+
+class Launch(NamedTuple):
+    """A launch configuration: pairs a program, warps, and columns of a head at a time, 0 for all (backward only)."""
+
+    pairs: int
+    warps: int
+    columns: int = 0
+
+
+# The default by BLOCK_F; and, where that would spill, by direction, arithmetic ("half": fp16 and bf16), BLOCK_F,
+# BLOCK_D and architecture (ANY: where it has no row of its own).
 ANY = 0
-DEFAULT = {32: (4, 4), 64: (1, 4)}
-LAUNCH: dict[tuple[str, str, int, int, int], tuple[int, int]] = {
-    ("backward", "fp32", 32, 32, ANY): (1, 2),
-    ("forward", "fp32", 32, 64, ANY): (1, 4),
-    ("backward", "fp32", 32, 64, ANY): (1, 4),
-    ("backward", "fp32", 64, 64, ANY): (1, 8),
-    ("forward", "fp32", 64, 64, 80): (1, 8),
-    ("backward", "fp32", 64, 64, 80): (1, 4),
-    ("backward", "half", 64, 64, 80): (1, 8),
+DEFAULT = {32: Launch(4, 4), 64: Launch(1, 4)}
+LAUNCH: dict[tuple[str, str, int, int, int], Launch] = {
+    ("backward", "fp32", 32, 32, ANY): Launch(1, 2),
+    ("forward", "fp32", 32, 64, ANY): Launch(1, 4),
+    ("backward", "fp32", 32, 64, ANY): Launch(1, 4),
+    ("backward", "fp32", 64, 32, 80): Launch(1, 8, 16),
+    ("backward", "fp32", 64, 64, ANY): Launch(1, 8),
+    ("forward", "fp32", 64, 64, 80): Launch(1, 8),
+    ("backward", "fp32", 64, 64, 80): Launch(1, 8, 16),
+    ("backward", "half", 64, 64, 80): Launch(1, 8, 32),
 }
 # Warps that a multiprocessor holds at once, by direction and arithmetic, at the tuned F <= 32 and d = 16.
 RESIDENT = {("forward", "fp32"): 16, ("forward", "half"): 24, ("backward", "fp32"): 8, ("backward", "half"): 16}
 
 
-@triton.jit
-def _offsets(pair, stride_b, stride_f, H: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.constexpr,
-             BLOCK_D: tl.constexpr):
-    """int64 [PAIRS, BLOCK_F, BLOCK_D]: where element (field, column) of each pair lies in a [B, F, H DH] tensor."""
-    start = (pair // H) * stride_b + (pair % H) * DH  # [PAIRS]
-    field = tl.arange(0, BLOCK_F).to(tl.int64) * stride_f
-    return start[:, None, None] + field[None, :, None] + tl.arange(0, BLOCK_D)[None, None, :]
-
-
-@triton.jit
-def _inside(pair, pairs, F: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr):
-    """bool [PAIRS, BLOCK_F, BLOCK_D]: true where there is an element."""
-    inside = (pair < pairs)[:, None, None] & (tl.arange(0, BLOCK_F) < F)[None, :, None]
-    return inside & (tl.arange(0, BLOCK_D) < DH)[None, None, :]
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """a b for each pair: a 2-D dot, which several warps share, where there is one pair; else 3-D, one warp a pair."""
-    if a.shape[0] == 1:
-        flat_a, flat_b = tl.reshape(a, (a.shape[1], a.shape[2])), tl.reshape(b, (b.shape[1], b.shape[2]))
-        return tl.reshape(dot(flat_a, flat_b, None, PRECISION), (1, a.shape[1], b.shape[2]))
-    return dot(a, b, None, PRECISION)
-
-
-@triton.jit
-def _weights(q, k, factor, F: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr):
-    """exp(S - max S) [PAIRS, BLOCK_F, BLOCK_F], 0 for padded keys, and the inverse row sums [PAIRS, BLOCK_F, 1].
-
-    factor = |scale| log2(e), at least the smallest normal number. The maximum is subtracted before the factor, so
-    that its weight is exactly 1: of logits of thousands, a rounding after the factor would reach the gradients.
-    """
-    logits = _dot(q, tl.permute(k, (0, 2, 1)), PRECISION)
-    if NEGATE:
-        logits = -logits
-    logits = tl.where((tl.arange(0, q.shape[1]) < F)[None, None, :], logits, float("-inf"))
-    weights = exp2_flushed((logits - tl.max(logits, 2, keep_dims=True)) * factor)
-    return weights, 1.0 / tl.sum(weights, 2, keep_dims=True)
-
-
-@triton.jit
-def _keep(seed, pair, limit, F: tl.constexpr, BLOCK_F: tl.constexpr):
-    """Keep-mask of dropout, bool [PAIRS, BLOCK_F, BLOCK_F]; the row of the map is pair * F + query."""
-    PAIRS: tl.constexpr = pair.shape[0]
-    GROUPS: tl.constexpr = (BLOCK_F + 31) // 32
-    rows = tl.reshape(pair[:, None] * F + tl.arange(0, BLOCK_F)[None, :], (PAIRS * BLOCK_F,))
-    keep = dropout_keep(tl.load(seed), rows, 0, (F + 31) // 32, limit, GROUPS)
-    return tl.reshape(keep, (PAIRS, BLOCK_F, GROUPS * 32))
-
-
-@triton.jit
-def _forward_kernel(
-    q, k, v,  # [B, F, H DH] each; strides below, last one 1
-    out,  # [B, F, H DH], contiguous
-    seed,  # int64 [1]; None without DROPOUT
-    q_stride_b, q_stride_f, k_stride_b, k_stride_f, v_stride_b, v_stride_f,
-    pairs,  # B H
-    factor, limit, inverse_keep,
-    F: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr, NEGATE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """One pass: q, k, v read once, o written once."""
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    inside = _inside(pair, pairs, F, DH, BLOCK_F, BLOCK_D)
-    tile_q = tl.load(q + _offsets(pair, q_stride_b, q_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    tile_k = tl.load(k + _offsets(pair, k_stride_b, k_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    tile_v = tl.load(v + _offsets(pair, v_stride_b, v_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    weights, normaliser = _weights(tile_q, tile_k, factor, F, NEGATE, PRECISION)
-    if DROPOUT:
-        weights = tl.where(_keep(seed, pair, limit, F, BLOCK_F), weights, 0.0)
-        normaliser *= inverse_keep
-    tile_o = _dot(weights.to(tile_v.dtype), tile_v, PRECISION) * normaliser
-    offsets = _offsets(pair, F * H * DH, H * DH, H, DH, BLOCK_F, BLOCK_D)
-    tl.store(out + offsets, tile_o.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _backward_kernel(
-    grad_out, q, k, v,  # [B, F, H DH] each; strides below, last one 1
-    grads,  # [B, F, 3 H DH], contiguous: dq | dk | dv
-    seed,  # int64 [1]; None without DROPOUT
-    o_stride_b, o_stride_f, q_stride_b, q_stride_f, k_stride_b, k_stride_f, v_stride_b, v_stride_f,
-    pairs,  # B H
-    factor, scale, limit, inverse_keep,
-    F: tl.constexpr, H: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr, NEGATE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """One pass: do, q, k, v read once, dq, dk, dv written once."""
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
-    inside = _inside(pair, pairs, F, DH, BLOCK_F, BLOCK_D)
-    tile_q = tl.load(q + _offsets(pair, q_stride_b, q_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    tile_k = tl.load(k + _offsets(pair, k_stride_b, k_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    offsets = _offsets(pair, F * 3 * H * DH, 3 * H * DH, H, DH, BLOCK_F, BLOCK_D)
-
-    weights, normaliser = _weights(tile_q, tile_k, factor, F, NEGATE, PRECISION)
-    weights *= normaliser
-    tile_o = tl.load(grad_out + _offsets(pair, o_stride_b, o_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    dropped = weights
-    if DROPOUT:
-        keep = _keep(seed, pair, limit, F, BLOCK_F)
-        dropped = tl.where(keep, weights * inverse_keep, 0.0)
-    grad_v = _dot(tl.permute(dropped.to(tile_o.dtype), (0, 2, 1)), tile_o, PRECISION)
-    tl.store(grads + offsets + 2 * H * DH, grad_v.to(grads.dtype.element_ty), mask=inside)
-
-    tile_v = tl.load(v + _offsets(pair, v_stride_b, v_stride_f, H, DH, BLOCK_F, BLOCK_D), mask=inside, other=0.0)
-    grad_weights = _dot(tile_o, tl.permute(tile_v, (0, 2, 1)), PRECISION)
-    if DROPOUT:
-        grad_weights = tl.where(keep, grad_weights * inverse_keep, 0.0)
-    grad_logits = weights * (grad_weights - tl.sum(weights * grad_weights, 2, keep_dims=True))
-    grad_logits = (grad_logits * scale).to(tile_q.dtype)
-    grad_q = _dot(grad_logits, tile_k, PRECISION)
-    tl.store(grads + offsets, grad_q.to(grads.dtype.element_ty), mask=inside)
-    grad_k = _dot(tl.permute(grad_logits, (0, 2, 1)), tile_q, PRECISION)
-    tl.store(grads + offsets + H * DH, grad_k.to(grads.dtype.element_ty), mask=inside)
-
-
 def _block_f(fields: int) -> int:
     return 32 if fields <= 32 else 64
-
-
-CANDIDATES = list(itertools.product((1, 2, 4, 8), (1, 2, 4, 8)))  # of a search
 
 
 def _table_key(direction: str, fields: int, head_dim: int, dtype: torch.dtype,
@@ -194,9 +78,24 @@ def _table_key(direction: str, fields: int, head_dim: int, dtype: torch.dtype,
     return direction, arithmetic, _block_f(fields), max(16, head_dim), architecture(cc)
 
 
-def _launch(key: tuple[str, str, int, int, int]) -> tuple[int, int]:
-    """(pairs a program, warps) of the table."""
+def _launch(key: tuple[str, str, int, int, int]) -> Launch:
+    """What the table has for that key."""
     return LAUNCH.get(key, LAUNCH.get((*key[:-1], ANY), DEFAULT[key[2]]))
+
+
+def _candidates(direction: str, block_d: int) -> Iterator[Launch]:
+    """What a search tries."""
+    yield from itertools.starmap(Launch, itertools.product((1, 2, 4, 8), (1, 2, 4, 8)))
+    if direction == "backward":
+        yield from (Launch(1, warps, columns) for warps in (4, 8) for columns in (16, 32) if columns < block_d)
+
+
+def _kernel(direction: str, launch: Launch) -> tuple[Any, dict[str, int]]:
+    """The kernel, and its constants of the launch configuration."""
+    constants = {"PAIRS": launch.pairs}
+    if launch.columns:
+        return sliced_backward_kernel, {**constants, "SLICE": launch.columns}
+    return (forward_kernel if direction == "forward" else backward_kernel), constants
 
 
 def _constants(fields: int, num_heads: int, head_dim: int, dtype: torch.dtype, scale: float,
@@ -210,9 +109,9 @@ def _constants(fields: int, num_heads: int, head_dim: int, dtype: torch.dtype, s
     }
 
 
-def _run(kernel: Any, direction: str, tensors: tuple[torch.Tensor | None, ...], strided: tuple[torch.Tensor, ...],
+def _run(direction: str, tensors: tuple[torch.Tensor | None, ...], strided: tuple[torch.Tensor, ...],
          num_heads: int, scale: float, dropout_p: float) -> None:
-    """Launch a kernel on `tensors` with the strides of `strided`, the first of which is [B, F, D]."""
+    """Launch the kernel on `tensors` with the strides of `strided`, the first of which is [B, F, D]."""
     batch, fields, dim = strided[0].shape
     if not batch:
         return
@@ -222,20 +121,21 @@ def _run(kernel: Any, direction: str, tensors: tuple[torch.Tensor | None, ...], 
     if direction == "backward":
         constants["scale"] = scale
 
-    def run(choice: tuple[int, int]) -> None:
+    def run(launch: Launch) -> None:
+        kernel, own = _kernel(direction, launch)
         with torch.cuda.device_of(strided[0]):
-            kernel[(triton.cdiv(pairs, choice[0]),)](*tensors, *strides, pairs, PAIRS=choice[0], num_warps=choice[1],
-                                                     **constants)
+            kernel[(triton.cdiv(pairs, launch.pairs),)](*tensors, *strides, pairs, num_warps=launch.warps, **own,
+                                                        **constants)
 
     key = _table_key(direction, fields, head_dim, dtype, capability(strided[0].device))
-    run(launch_choice(key, _launch(key), CANDIDATES, run))
+    run(launch_choice(key, _launch(key), _candidates(direction, constants["BLOCK_D"]), run))
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float, dropout_p: float,
              seed: torch.Tensor | None) -> torch.Tensor:
     """[B, F, D] x 3, last dimension contiguous -> [B, F, D]."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _run(_forward_kernel, "forward", (q, k, v, out, seed), (q, k, v), num_heads, scale, dropout_p)
+    _run("forward", (q, k, v, out, seed), (q, k, v), num_heads, scale, dropout_p)
     return out
 
 
@@ -244,8 +144,7 @@ def _backward(grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     """dq | dk | dv in one [B, F, 3 D]."""
     batch, fields, dim = q.shape
     grads = torch.empty(batch, fields, 3 * dim, dtype=q.dtype, device=q.device)
-    _run(_backward_kernel, "backward", (grad_out, q, k, v, grads, seed), (grad_out, q, k, v), num_heads, scale,
-         dropout_p)
+    _run("backward", (grad_out, q, k, v, grads, seed), (grad_out, q, k, v), num_heads, scale, dropout_p)
     return grads
 
 
@@ -312,14 +211,14 @@ def field_attention_packed_triton(
 
 
 def aot_specs() -> list[Spec]:
-    """Both kernels in every shape class, with dropout and the strides of one projection; H=4, F=27 or 64."""
+    """The kernels in every shape class, with dropout and the strides of one projection; H=4, F=27 or 64."""
     specs = []
-    kernels = (("forward", _forward_kernel), ("backward", _backward_kernel))
-    for block_f, width, dtype, (direction, kernel), cc in itertools.product(
-            (32, 64), (16, 32, 64), (torch.float32, torch.bfloat16), kernels, CAPABILITIES):
+    for block_f, width, dtype, direction, cc in itertools.product(
+            (32, 64), (16, 32, 64), (torch.float32, torch.bfloat16), ("forward", "backward"), CAPABILITIES):
         fields, kind = (27, 64)[block_f == 64], ("bf16", "fp32")[dtype == torch.float32]
-        pairs, warps = _launch(_table_key(direction, fields, width, dtype, cc))
-        constexprs = _constants(fields, 4, width, dtype, 1.0, 0.1) | {"PAIRS": pairs}
+        launch = _launch(_table_key(direction, fields, width, dtype, cc))
+        kernel, own = _kernel(direction, launch)
+        constexprs = _constants(fields, 4, width, dtype, 1.0, 0.1) | own
         kinds = {"seed": "*i64", "pairs": "i32", "limit": "i32"}
         kinds |= dict.fromkeys(("factor", "scale", "inverse_keep"), "fp32")
         for name in ("factor", "limit", "inverse_keep"):
@@ -327,6 +226,7 @@ def aot_specs() -> list[Spec]:
         signature = {name: kinds.get(name, "i32:16" if "stride" in name else f"*{kind}")
                      for name in kernel.arg_names if name not in constexprs}
         resident = RESIDENT[direction, "fp32" if kind == "fp32" else "half"] if (block_f, width) == (32, 16) else 8
-        specs.append(Spec(kernel, signature, constexprs, warps, f"{direction} {kind} F {fields} d {width}", (cc,),
-                          tensor_cores=True, resident_warps=resident, tuned=block_f == 32 or width == 16))
+        name = f"{direction} {kind} F {fields} d {width}"
+        specs.append(Spec(kernel, signature, constexprs, launch.warps, name, (cc,), tensor_cores=True,
+                          resident_warps=resident, tuned=block_f == 32 or width == 16))
     return specs

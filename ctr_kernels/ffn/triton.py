@@ -42,7 +42,7 @@ from ..triton_norm import NORMS
 from ..triton_support import Spec, capability, register
 from .reference import ACTIVATIONS
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
-from .triton_tiles import CANDIDATES, STAGES, TILES, Tile, table_key, tiles_for
+from .triton_tiles import CANDIDATES, TILES, Tile, table_key, tiles_for
 
 MAX_DIM = 128
 MAX_HIDDEN = 2**21  # offsets into the weights and their partial sums, up to 2^29, are 32 bits wide; into tokens, 64
@@ -58,7 +58,7 @@ def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Any, ...], hi
         kernel[(programs,)](
             *tensors, tokens, eps, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim,
             DP=max(16, triton.next_power_of_2(dim)), HIDDEN=hidden, ACTIVATION=activation, NORM=norm,
-            DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=STAGES,
+            DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=tile.stages,
             num_warps=tile.warps, **constants)
 
 
@@ -226,7 +226,7 @@ def aot_specs() -> list[Spec]:
         dim, dtype = 128 if wide else 64, "bf16" if arithmetic == "half" else "fp32"
         kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32",
                  "eps": "fp32", "norm_weight": "*fp32", "norm_bias": "*fp32"}
-        constants = {"D": dim, "DP": dim, "HIDDEN": 256, "ACTIVATION": 0, "DROPOUT": True, "STAGES": STAGES,
+        constants = {"D": dim, "DP": dim, "HIDDEN": 256, "ACTIVATION": 0, "DROPOUT": True,
                      "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
         launches = [(forward_kernel, tiles.forward, {}), (token_kernel, tiles.token, {})]
         launches += [(weight_kernel, tiles.weight, {"LAYERS": layers}) for layers in tiles.passes]
@@ -235,7 +235,7 @@ def aot_specs() -> list[Spec]:
                 continue
             absent = ["norm_weight", "norm_bias"] if norm is None else []
             absent += ["z"] if norm != "post" and kernel is token_kernel else []
-            constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "NORM": index} | extra
+            constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "STAGES": tile.stages, "NORM": index} | extra
             constexprs |= dict.fromkeys(absent)
             signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
             part = "" if len(tiles.passes) == 1 or not extra else f" of layer {extra['LAYERS']}"

@@ -9,11 +9,13 @@ from ..triton_support import architecture, input_precision
 
 
 class Tile(NamedTuple):
-    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), and warps."""
+    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), warps, and tiles in flight
+    while one is worked on."""
 
     tokens: int
     units: int
     warps: int
+    stages: int = 2
 
 
 class Tiles(NamedTuple):
@@ -43,12 +45,11 @@ TILES: dict[tuple[str, bool, int], Tiles] = {
     ("tf32x3", False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
     ("tf32x3", False, 90): Tiles(Tile(128, 32, 8), Tile(32, 32, 4), Tile(32, 32, 8)),
     ("tf32x3", False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
-    ("tf32x3", True, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+    ("tf32x3", True, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8, stages=1), (1, 2)),
     ("tf32x3", True, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
     ("tf32x3", True, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
 }
 CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64, 128), (32, 64), (4, 8))]  # of a search
-STAGES = 2  # tiles in flight while one is worked on
 
 
 def table_key(dim: int, dtype: torch.dtype, cc: int) -> tuple[str, bool, int]:

@@ -17,7 +17,7 @@ from ctr_kernels.attention import triton as kernels  # noqa: E402
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 24)
+    run_in_the_interpreter(__file__, 26)
 
 
 def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, dropout_p: float = 0.0,
@@ -72,6 +72,25 @@ def test_the_mask_is_that_of_the_specification(fields: int) -> None:
                           kernels="triton")
     kept = out.view(2, fields, 2, 64)[..., :fields].transpose(1, 2).reshape(-1, fields) != 0
     assert torch.equal(kept, dropout_mask_torch(len(kept), fields, 0.3, torch.tensor([SEED])))
+
+
+@interpreted
+def test_parity_of_a_wide_backward_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's row of the table has it in slices."""
+    torch.manual_seed(4)
+    monkeypatch.setattr(kernels, "LAUNCH", {})
+    check_attention(*torch.randn(2, 64, 192).chunk(3, dim=-1), 1, 0.3)
+
+
+@interpreted
+def test_the_traffic_of_a_backward_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    qkv, grad = torch.randn(2, 40, 192), torch.randn(2, 40, 64)
+    accesses = counting(monkeypatch)
+    grads = kernels._backward(grad, *qkv.chunk(3, dim=-1), 1, 0.25, 0.0, None)
+    assert times(accesses["load"], qkv[..., :128]) == {2}  # once from the cache
+    assert times(accesses["load"], qkv[..., 128:]) == times(accesses["load"], grad) == {1}
+    assert times(accesses["store"], grads) == {1} and accesses["store"].total() == grads.numel()
 
 
 @interpreted
