@@ -32,7 +32,7 @@ import triton
 
 from ..library import LIBRARY, last_dim_contiguous, no_double_backward
 from ..philox import threshold
-from ..triton_autotune import launch_choice
+from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability, input_precision, register
 from .native import _fake, _fake_backward, _fake_packed, _fake_packed_backward, _save, _save_packed
 from .triton_kernels import backward_kernel, forward_kernel, sliced_backward_kernel
@@ -128,7 +128,7 @@ def _run(direction: str, tensors: tuple[torch.Tensor | None, ...], strided: tupl
                                                         **constants)
 
     key = _table_key(direction, fields, head_dim, dtype, capability(strided[0].device))
-    run(launch_choice(key, _launch(key), _candidates(direction, constants["BLOCK_D"]), run))
+    run(launch_choice(("attention", *key), _launch(key), _candidates(direction, constants["BLOCK_D"]), run))
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int, scale: float, dropout_p: float,
@@ -216,7 +216,8 @@ def aot_specs() -> list[Spec]:
     for block_f, width, dtype, direction, cc in itertools.product(
             (32, 64), (16, 32, 64), (torch.float32, torch.bfloat16), ("forward", "backward"), CAPABILITIES):
         fields, kind = (27, 64)[block_f == 64], ("bf16", "fp32")[dtype == torch.float32]
-        launch = _launch(_table_key(direction, fields, width, dtype, cc))
+        key = _table_key(direction, fields, width, dtype, cc)
+        launch = table_choice(("attention", *key), _launch(key))
         kernel, own = _kernel(direction, launch)
         constexprs = _constants(fields, 4, width, dtype, 1.0, 0.1) | own
         kinds = {"seed": "*i64", "pairs": "i32", "limit": "i32"}

@@ -15,19 +15,36 @@ W is rarely a multiple of 4 elements (429), so that rows are not aligned and loa
 Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
 """
 
-from typing import Any
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ..library import LIBRARY, no_double_backward
-from ..triton_support import Spec, dot, input_precision, register
+from ..triton_autotune import launch_choice, table_choice
+from ..triton_support import CAPABILITIES, Spec, architecture, capability, dot, input_precision, register
 
 MAX_RANK = 64
-ROWS, COLUMNS, WARPS = 32, 32, 4  # rows and columns at a time
-SLICE_ROWS = 32  # rows at a time of the weight kernel
 Tensor = torch.Tensor
+
+
+class Tile(NamedTuple):
+    """A launch configuration: rows and columns at a time, and warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+# By kernel, arithmetic ("half": fp16 and bf16) and architecture, for all widths and ranks.
+TILES: dict[tuple[str, str, int], Tile] = {
+    key: Tile(32, 32, 4)
+    for key in itertools.product(("forward", "row", "weight"), ("half", "tf32", "tf32x3"), CAPABILITIES)
+}
+CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64), (2, 4, 8))]  # of a search
 
 
 @triton.jit
@@ -143,37 +160,63 @@ def _weight_kernel(
     tl.store(partial + 2 * W * R + column, db, mask=column < W)
 
 
-def _constants(u: Tensor, rows: int) -> dict[str, Any]:
+def _block(rank: int) -> int:
+    """The rank as a tile has it."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _table_key(kernel: str, dtype: torch.dtype, cc: int) -> tuple[str, str, int]:
+    """The row of TILES on sm_<cc>."""
+    return kernel, input_precision(dtype) if dtype == torch.float32 else "half", architecture(cc)
+
+
+def _choice(kernel: str, u: Tensor, run: Callable[[Tile], object]) -> Tile:
+    (rank, width), key = u.shape, _table_key(kernel, u.dtype, capability(u.device))
+    return launch_choice(("cross", *key, width, _block(rank)), TILES[key], CANDIDATES, run)
+
+
+def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Tensor, ...], u: Tensor) -> None:
+    """Run `programs` programs on tensors of which the first is [B, W]."""
     rank, width = u.shape
-    return {"rows": rows, "W": width, "R": rank, "RP": max(16, triton.next_power_of_2(rank)), "BN": COLUMNS,
-            "PRECISION": input_precision(u.dtype), "num_warps": WARPS}
+    with torch.cuda.device_of(u):
+        kernel[(programs,)](*tensors, len(tensors[0]), W=width, R=rank, RP=_block(rank), BM=tile.rows, BN=tile.columns,
+                            PRECISION=input_precision(u.dtype), num_warps=tile.warps)
 
 
 def _forward(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """[B, W]; all tensors contiguous."""
     y = torch.empty_like(x)
+
+    def run(tile: Tile) -> None:
+        _launch(_forward_kernel, tile, triton.cdiv(len(x), tile.rows), (x0, x, u, v, bias, y), u)
+
     if len(x):
-        with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(len(x), ROWS),)](x0, x, u, v, bias, y, BM=ROWS, **_constants(u, len(x)))
+        run(_choice("forward", u, run))
     return y
 
 
 def _backward(grad: Tensor, x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dx0 and dx [B, W]; dU [R, W], dV [W, R] and db [W] one after the other."""
-    dx0, dx = torch.empty_like(x), torch.empty_like(x)
-    (rank, width), rows = u.shape, len(x)
-    hidden, grad_hidden = (x.new_empty(rows, rank) for _ in range(2))
-    slices, cuda = triton.cdiv(width, COLUMNS), x.device.type == "cuda"
+    dx0, dx, flat = _fake_backward(grad, x0, x, u)
+    if not len(x):
+        return dx0, dx, flat.zero_()
+    (rank, width), cuda = u.shape, x.device.type == "cuda"
+    hidden, grad_hidden = (x.new_empty(len(x), rank) for _ in range(2))
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 16
-    parts = max(1, min(processors * (8 // WARPS) // slices, triton.cdiv(rows, SLICE_ROWS)))
-    partial = x.new_empty(parts if rows else 0, 2 * width * rank + width, dtype=torch.float32)
-    if rows:
-        constants = _constants(u, rows)
-        with torch.cuda.device_of(x):
-            _row_kernel[(triton.cdiv(rows, ROWS),)](grad, x0, x, u, v, bias, dx0, dx, hidden, grad_hidden, BM=ROWS,
-                                                    **constants)
-            _weight_kernel[(parts * slices,)](grad, x0, x, hidden, grad_hidden, partial, BM=SLICE_ROWS, **constants)
-    return dx0, dx, partial.sum(0).to(u.dtype)
+
+    def rows(tile: Tile) -> None:
+        _launch(_row_kernel, tile, triton.cdiv(len(x), tile.rows),
+                (grad, x0, x, u, v, bias, dx0, dx, hidden, grad_hidden), u)
+
+    def weights(tile: Tile) -> Tensor:
+        slices = triton.cdiv(width, tile.columns)
+        parts = max(1, min(processors * (8 // tile.warps) // slices, triton.cdiv(len(x), tile.rows)))
+        partial = x.new_empty(parts, 2 * width * rank + width, dtype=torch.float32)
+        _launch(_weight_kernel, tile, parts * slices, (grad, x0, x, hidden, grad_hidden, partial), u)
+        return partial.sum(0)
+
+    rows(_choice("row", u, rows))
+    return dx0, dx, weights(_choice("weight", u, weights)).to(u.dtype)
 
 
 def _fake(x0: Tensor, x: Tensor, *_: Tensor) -> Tensor:
@@ -215,13 +258,16 @@ def low_rank_cross_triton(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Ten
 def aot_specs() -> list[Spec]:
     """The three kernels at the widths of the two recipes' inputs, 429 of rank 32 and a multiple of 16, and rank 64."""
     specs = []
-    kernels = ((_forward_kernel, ROWS), (_row_kernel, ROWS), (_weight_kernel, SLICE_ROWS))
-    for dtype, width, rank in (("fp32", 429, 32), ("bf16", 429, 32), ("bf16", 624, 32), ("fp32", 624, 64)):
-        for kernel, rows in kernels:
-            constexprs = {"W": width, "R": rank, "RP": rank, "BN": COLUMNS, "BM": rows,
-                          "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
-            kinds = {"partial": "*fp32", "rows": "i32"}
-            signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
-            specs.append(Spec(kernel, signature, constexprs, WARPS, f"{kernel.__name__[1:]} {dtype} W {width} R {rank}",
-                              tensor_cores=True, tuned=width == 429))
+    kernels = {"forward": _forward_kernel, "row": _row_kernel, "weight": _weight_kernel}
+    shapes = (("tf32x3", 429, 32), ("half", 429, 32), ("half", 624, 32), ("tf32x3", 624, 64))
+    for (arithmetic, width, rank), (name, kernel), cc in itertools.product(shapes, kernels.items(), CAPABILITIES):
+        tile = table_choice(("cross", name, arithmetic, cc, width, _block(rank)), TILES[name, arithmetic, cc])
+        constexprs = {"W": width, "R": rank, "RP": _block(rank), "BN": tile.columns, "BM": tile.rows,
+                      "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
+        kinds = {"partial": "*fp32", "rows": "i32"}
+        signature = {argument: kinds.get(argument, "*bf16" if arithmetic == "half" else "*fp32")
+                     for argument in kernel.arg_names if argument not in constexprs}
+        label = f"{kernel.__name__[1:]} {'bf16' if arithmetic == 'half' else 'fp32'} W {width} R {rank}"
+        specs.append(Spec(kernel, signature, constexprs, tile.warps, label, (cc,), tensor_cores=True,
+                          tuned=width == 429))
     return specs

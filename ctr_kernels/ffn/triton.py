@@ -37,7 +37,7 @@ import triton
 
 from ..library import LIBRARY, no_double_backward
 from ..philox import threshold
-from ..triton_autotune import launch_choice
+from ..triton_autotune import launch_choice, table_choice
 from ..triton_norm import NORMS
 from ..triton_support import Spec, capability, register
 from .reference import ACTIVATIONS
@@ -63,7 +63,7 @@ def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Any, ...], hi
 
 
 def _choice(kernel: str, default: Tile, x: Tensor, w1: Tensor, norm: int, run: Callable[[Tile], object]) -> Tile:
-    key = (kernel, *table_key(x.shape[1], w1.dtype, capability(x.device)), f"hidden {len(w1)} norm {norm}")
+    key = ("ffn", kernel, *table_key(x.shape[1], w1.dtype, capability(x.device)), len(w1), norm)
     return launch_choice(key, default, CANDIDATES, run)
 
 
@@ -233,6 +233,8 @@ def aot_specs() -> list[Spec]:
         for (kernel, tile, extra), (norm, index) in itertools.product(launches, NORMS.items()):
             if norm and (wide or (kernel is weight_kernel and norm == "post")):
                 continue
+            key = ("ffn", kernel.__name__.removesuffix("_kernel"), arithmetic, wide, cc, 256, index)
+            tile = table_choice(key, tile)
             absent = ["norm_weight", "norm_bias"] if norm is None else []
             absent += ["z"] if norm != "post" and kernel is token_kernel else []
             constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "STAGES": tile.stages, "NORM": index} | extra

@@ -27,7 +27,7 @@ from ..checks import autocast, same_float
 from ..ffn.triton import ffn_block_triton
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
-from ..triton_autotune import launch_choice
+from ..triton_autotune import launch_choice, table_choice
 from ..triton_norm import NORMS
 from ..triton_support import CAPABILITIES, Spec, architecture, capability, input_precision, register
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
@@ -68,7 +68,7 @@ def _choice(position: int, weight: Tensor, norm: int, run: Callable[[Tile], obje
     """The launch configuration of the position-th kernel for a weight [N, D]."""
     outputs = len(weight)
     key = _table_key(weight.dtype, capability(weight.device))
-    label = (("forward", "token", "weight")[position], *key, f"outputs {outputs} norm {norm}")
+    label = ("layer", ("forward", "token", "weight")[position], *key, outputs, norm)
     whole_rows = [tile for tile in CANDIDATES if norm != NORMS["post"] or tile.outputs >= outputs]
     return launch_choice(label, TILES[key][position], whole_rows, run)
 
@@ -234,6 +234,8 @@ def aot_specs() -> list[Spec]:
                 cases, zip((forward_kernel, token_kernel, weight_kernel), tiles, strict=True)):
             if kernel is weight_kernel and norm == 2:
                 continue
+            label = ("layer", kernel.__name__.removesuffix("_kernel"), arithmetic, cc, outputs, norm)
+            tile = table_choice(label, tile)
             constexprs = {"D": dim, "DP": dim, "N": outputs, "NORM": norm, "BM": tile.tokens, "BN": tile.outputs,
                           "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
             has_residual = residual if kernel is forward_kernel else name.startswith("qkv")

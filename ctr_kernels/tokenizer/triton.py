@@ -11,18 +11,31 @@ a fixed order: no atomics, the same bits at every run. The work, 4 B N D FLOP ea
 Occupancy: 16 warps a multiprocessor at least, 4 KB in flight a warp.
 """
 
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ..triton_support import Spec
+from ..triton_autotune import launch_choice, table_choice
+from ..triton_support import CAPABILITIES, Spec, architecture, capability
 
-TILE = 4096  # elements of the rows that a program gathers at once, where a sample has no more
 MAX_TILE = 16384
 PROGRAMS = 4  # of the backward a multiprocessor
+
+
+class Launch(NamedTuple):
+    """A launch configuration: samples that a program works on at once, and warps."""
+
+    samples: int
+    warps: int
+
+
+# By the elements of a sample's tokens, counts and widths rounded up to powers of 2: 4096 a program, or one sample.
+TABLE = {1 << i: Launch(max(1, 4096 >> i), max(4, 1 << i >> 10)) for i in range(4, MAX_TILE.bit_length())}
 
 
 @triton.jit
@@ -105,15 +118,32 @@ def _backward_kernel(
              mask=wide[:, None] & known[None, :])
 
 
-def _constants(fields: int, features: int, dim: int, first: int, tokens: int) -> dict[str, int]:
-    """Sizes, samples a program and warps of a kernel whose tile holds `tokens` tokens of a sample."""
+Key = tuple[str, str, int, int, str, int]
+
+
+def _key(kernel: str, tokens: int, dim: int, dtype: torch.dtype, cc: int) -> Key:
+    """(operation, kernel, tokens of a sample and elements of a token as a tile has them, arithmetic, architecture)."""
     block, block_d = triton.next_power_of_2(tokens), max(16, triton.next_power_of_2(dim))
     if block * block_d > MAX_TILE:
         raise ValueError(f"{tokens} tokens of D={dim}: kernels='triton' takes up to {MAX_TILE} elements, both rounded "
                          "up to a power of 2; kernels='eager' takes any")
+    return "tokenizer", kernel, block, block_d, "fp32" if dtype == torch.float32 else "half", architecture(cc)
+
+
+def _candidates(elements: int) -> Iterator[Launch]:
+    """What a search tries: not more than MAX_TILE elements at once."""
+    return (Launch(*shape) for shape in itertools.product((1, 2, 4, 8), (2, 4, 8)) if shape[0] * elements <= MAX_TILE)
+
+
+def _choice(key: Key, run: Callable[[Launch], object]) -> Launch:
+    elements = key[2] * key[3]
+    return launch_choice(key, TABLE[elements], _candidates(elements), run)
+
+
+def _constants(fields: int, features: int, dim: int, block_d: int, first: int, launch: Launch) -> dict[str, int]:
+    """What both kernels have compiled in."""
     return {"K": fields, "N": features, "D": dim, "BLOCK_N": triton.next_power_of_2(features), "BLOCK_D": block_d,
-            "FIRST": first, "ROWS": max(1, TILE // (block * block_d)),
-            "num_warps": max(4, block * block_d // 1024)}
+            "FIRST": first, "ROWS": launch.samples}
 
 
 def _forward(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_weight: torch.Tensor,
@@ -121,29 +151,38 @@ def _forward(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense
     """[B, T, D]; all tensors contiguous."""
     (batch, fields), dim, first = ids.shape, weight.shape[1], 1 + (cls is not None)
     out = torch.empty(batch, first + fields, dim, dtype=weight.dtype, device=weight.device)
-    constants = _constants(fields, dense.shape[1], dim, first, fields)
-    if batch:
+    key = _key("forward", fields, dim, weight.dtype, capability(weight.device))
+
+    def run(launch: Launch) -> None:
         with torch.cuda.device_of(weight):
-            _forward_kernel[(triton.cdiv(batch, constants["ROWS"]),)](
-                weight, ids, dense, dense_weight, dense_bias, cls, field_bias, out, batch, len(weight),
-                BLOCK_K=triton.next_power_of_2(fields), **constants)
+            _forward_kernel[(triton.cdiv(batch, launch.samples),)](
+                weight, ids, dense, dense_weight, dense_bias, cls, field_bias, out, batch, len(weight), BLOCK_K=key[2],
+                num_warps=launch.warps, **_constants(fields, dense.shape[1], dim, key[3], first, launch))
+
+    if batch:
+        run(_choice(key, run))
     return out
 
 
 def _backward(grad: torch.Tensor, dense: torch.Tensor, fields: int, head: int) -> tuple[torch.Tensor, ...]:
     """Row gradients [B K, D], fp32 sums over samples of the first `head` tokens [head, D], dense weight [D, N]."""
-    (batch, tokens, dim), features = grad.shape, dense.shape[1]
+    (batch, tokens, dim), features, cuda = grad.shape, dense.shape[1], grad.device.type == "cuda"
     rows = torch.empty(batch * fields, dim, dtype=grad.dtype, device=grad.device)
-    constants = _constants(fields, features, dim, tokens - fields, tokens)
-    cuda = grad.device.type == "cuda"
+    key = _key("backward", tokens, dim, grad.dtype, capability(grad.device))
     processors = torch.cuda.get_device_properties(grad.device).multi_processor_count if cuda else 1
-    programs = min(PROGRAMS * processors, triton.cdiv(batch, constants["ROWS"]))
-    partial = torch.empty(programs, (head + features) * dim, dtype=torch.float32, device=grad.device)
-    if batch:
-        with torch.cuda.device_of(grad):
-            _backward_kernel[(programs,)](grad, dense, rows, partial, batch, BLOCK_T=triton.next_power_of_2(tokens),
-                                          HEAD=head, **constants)
-    sums, grad_weight = partial.sum(0).split((head * dim, dim * features))
+
+    def run(launch: Launch) -> torch.Tensor:
+        programs = min(PROGRAMS * processors, triton.cdiv(batch, launch.samples))
+        partial = torch.empty(programs, (head + features) * dim, dtype=torch.float32, device=grad.device)
+        if batch:
+            with torch.cuda.device_of(grad):
+                _backward_kernel[(programs,)](
+                    grad, dense, rows, partial, batch, BLOCK_T=key[2], HEAD=head, num_warps=launch.warps,
+                    **_constants(fields, features, dim, key[3], tokens - fields, launch))
+        return partial.sum(0)
+
+    launch = _choice(key, run) if batch else TABLE[key[2] * key[3]]
+    sums, grad_weight = run(launch).split((head * dim, dim * features))
     return rows, sums.view(head, dim), grad_weight.view(dim, features)
 
 
@@ -184,16 +223,18 @@ def field_tokens_triton(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Te
 def aot_specs() -> list[Spec]:
     """Both kernels at the tuned shape, K=26, N=13, D=64, with CLS; and with a bias for each field."""
     specs = []
-    for dtype, biased in (("fp32", False), ("bf16", False), ("fp32", True)):
+    for (dtype, biased), cc in itertools.product((("fp32", False), ("bf16", False), ("fp32", True)), CAPABILITIES):
         kinds = dict.fromkeys(("weight", "dense", "dense_weight", "dense_bias", "cls", "field_bias", "out", "grad",
                                "rows"), f"*{dtype}")
         kinds |= {"ids": "*i32", "partial": "*fp32", "batch": "i32", "num_rows": "i32"}
         extra = {"BLOCK_K": 32} | ({} if biased else {"field_bias": None})
-        for kernel, tokens, own in ((_forward_kernel, 26, extra),
-                                    (_backward_kernel, 28, {"BLOCK_T": 32, "HEAD": 28 if biased else 2})):
-            constexprs = _constants(26, 13, 64, 2, tokens) | own
-            warps = constexprs.pop("num_warps")
-            signature = {name: kinds[name] for name in kernel.arg_names if name not in constexprs}
-            name = f"{kernel.__name__[1:]} {dtype}{' field bias' if biased else ''}"
-            specs.append(Spec(kernel, signature, constexprs, warps, name, resident_warps=16))
+        for name, kernel, tokens, own in (("forward", _forward_kernel, 26, extra),
+                                          ("backward", _backward_kernel, 28,
+                                           {"BLOCK_T": 32, "HEAD": 28 if biased else 2})):
+            key = _key(name, tokens, 64, torch.float32 if dtype == "fp32" else torch.bfloat16, cc)
+            launch = table_choice(key, TABLE[key[2] * key[3]])
+            constexprs = _constants(26, 13, 64, key[3], 2, launch) | own
+            signature = {argument: kinds[argument] for argument in kernel.arg_names if argument not in constexprs}
+            label = f"{kernel.__name__[1:]} {dtype}{' field bias' if biased else ''}"
+            specs.append(Spec(kernel, signature, constexprs, launch.warps, label, (cc,), resident_warps=16))
     return specs

@@ -1,25 +1,42 @@
-"""The search for launch configurations, with a timer that needs no GPU."""
+"""The search for launch configurations, with a timer that needs no GPU; of real kernels in Triton's interpreter."""
+
+import ast
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
 
 import pytest
+import torch
+from triton_interpreter import interpreted, outside, run_in_the_interpreter
+
+from ctr_kernels import TransformerLayer, ffn, field_attention, field_tokens, low_rank_cross
 
 pytest.importorskip("triton")
-from triton.runtime.errors import OutOfResources  # noqa: E402
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from ctr_kernels import triton_autotune  # noqa: E402
 from ctr_kernels.triton_autotune import launch_choice  # noqa: E402
 
 
+class Tile(NamedTuple):
+    rows: int
+    warps: int = 4
+
+
 class Clock:
-    """A timer of runs that say how many milliseconds they take, and what was run."""
+    """A timer of runs that say how many milliseconds they take, by their rows, and which were run."""
 
     def __init__(self, milliseconds: dict[int, float]) -> None:
         self.milliseconds, self.runs = milliseconds, []
 
-    def run(self, choice: int) -> float:
-        self.runs.append(choice)
-        if choice not in self.milliseconds:
+    def run(self, choice: Tile) -> float:
+        self.runs.append(choice.rows)
+        if choice.rows == 5:
+            raise PTXASError("too many registers")
+        if choice.rows not in self.milliseconds:
             raise OutOfResources(300_000, 200_000, "shared memory")
-        return self.milliseconds[choice]
+        return self.milliseconds[choice.rows]
 
     def __call__(self, run) -> float:
         return run()
@@ -30,27 +47,33 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_autotune, "_chosen", {})
 
 
+def tiles(*rows: int) -> list[Tile]:
+    return [Tile(r) for r in rows]
+
+
 def test_the_table_stands_unless_a_search_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CTR_KERNELS_AUTOTUNE", raising=False)
     clock = Clock({1: 2.0, 2: 1.0})
-    assert launch_choice("key", 1, [2], clock.run, clock) == 1 and clock.runs == []
+    assert launch_choice(("key",), Tile(1), tiles(2), clock.run, clock) == Tile(1) and clock.runs == []
 
 
 def test_the_fastest_is_chosen_once_and_printed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     clock = Clock({1: 0.012, 2: 0.009, 3: 0.010})
-    key = ("forward", "fp32", 32, 16, 90)
-    assert [launch_choice(key, 1, [1, 2, 3, 4], clock.run, clock) for _ in range(2)] == [2, 2]
-    assert clock.runs == [1, 2, 3, 4]  # the default is timed once, 4 does not fit
-    assert capsys.readouterr().err == "    ('forward', 'fp32', 32, 16, 90): 2,  # 9.0 us; 1 12.0 us\n"
-    assert launch_choice("another", 3, [], clock.run, clock) == 3 and clock.runs[-1] == 3
+    key = ("attention", "forward", 32, 16, 90)
+    found = [launch_choice(key, Tile(1), tiles(1, 2, 3, 4, 5), clock.run, clock) for _ in range(2)]
+    assert found == tiles(2, 2)
+    assert clock.runs == [1, 2, 3, 4, 5]  # the default is timed once; 4 does not fit, 5 does not compile
+    assert capsys.readouterr().err == ("    ('attention', 'forward', 32, 16, 90): (2, 4),  "
+                                       "# Tile(rows=2, warps=4): 9.0 us; Tile(rows=1, warps=4): 12.0 us\n")
+    assert launch_choice(("another",), Tile(3), [], clock.run, clock) == Tile(3) and clock.runs[-1] == 3
 
 
 def test_nothing_that_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     clock = Clock({})
-    with pytest.raises(RuntimeError, match="no launch configuration of key fits this GPU: 1, 2 were tried"):
-        launch_choice("key", 1, [2], clock.run, clock)
+    with pytest.raises(RuntimeError, match=r"no launch configuration of \('key',\) fits this GPU: Tile\(rows=1, "):
+        launch_choice(("key",), Tile(1), tiles(2), clock.run, clock)
 
 
 def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,5 +81,91 @@ def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     clock = Clock({1: 1.0})
-    with pytest.raises(RuntimeError, match="cannot time key while a CUDA graph is captured: run a step first"):
-        launch_choice("key", 1, [], clock.run, clock)
+    with pytest.raises(RuntimeError, match=r"cannot time \('key',\) while a CUDA graph is captured: run a step first"):
+        launch_choice(("key",), Tile(1), [], clock.run, clock)
+
+
+@outside
+def test_in_the_interpreter() -> None:
+    run_in_the_interpreter(__file__, 9)
+
+
+def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [(torch.randn(shape) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+
+
+def attend() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = inputs((1, 40, 32), (1, 40, 32), (1, 40, 32))
+    return field_attention(*leaves, num_heads=1, kernels="triton"), leaves
+
+
+def feed_forward() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = inputs((3, 16), (40, 16), (40,), (16, 40), (16,))
+    return ffn(*leaves, kernels="triton"), leaves
+
+
+def layer() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = inputs((1, 3, 16))
+    module = TransformerLayer(16, 2, 40, norm="post", kernels="triton")
+    return module(*leaves), [*leaves, *module.parameters()]
+
+
+def cross() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = inputs((3, 40), (3, 40), (5, 40), (40, 5), (40,))
+    return low_rank_cross(*leaves, kernels="triton"), leaves
+
+
+def tokens() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = inputs((9, 16), (3, 2), (16, 2), (16,), (16,))
+    return field_tokens(leaves[0], torch.arange(6).view(3, 2), *leaves[1:], None, kernels="triton"), leaves
+
+
+# What it computes, and how many kinds of launch it has by operation.
+SEARCHED: dict[str, tuple[Callable[[], tuple[torch.Tensor, list[torch.Tensor]]], dict[str, int]]] = {
+    "attention": (attend, {"attention": 2}),
+    "ffn": (feed_forward, {"ffn": 3}),
+    "layer": (layer, {"attention": 2, "ffn": 3, "layer": 6}),
+    "cross": (cross, {"cross": 3}),
+    "tokenizer": (tokens, {"tokenizer": 2}),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_search_runs_every_candidate_and_prints_lines_for_the_table(name: str, monkeypatch: pytest.MonkeyPatch,
+                                                                      capsys) -> None:
+    """Each candidate takes longer than the one tried after it: the last, which is not the table's, is the fastest."""
+    compute, kinds = SEARCHED[name]
+
+    def results() -> list[torch.Tensor]:
+        out, leaves = compute()
+        return [out.detach(), *(g.to_dense() for g in torch.autograd.grad(out.cos().sum(), leaves))]
+
+    expected, tried = results(), []
+
+    def milliseconds(run: Callable[[], object]) -> float:
+        run()
+        tried.append(run.args[0])
+        return 1.0 / len(tried)
+
+    monkeypatch.setattr(triton_autotune, "_milliseconds", milliseconds)
+    monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
+    torch.testing.assert_close(results(), expected)
+    pasted = ast.literal_eval("{" + capsys.readouterr().err + "}")
+    assert Counter(key[0] for key in pasted) == kinds
+    assert len(tried) >= 10 * len(pasted)
+
+    monkeypatch.delenv("CTR_KERNELS_AUTOTUNE")
+    monkeypatch.setattr(triton_autotune, "TUNED", pasted)
+    chosen = {}
+
+    def choose(key: tuple, default: tuple, *rest: object) -> tuple:
+        chosen[key] = launch_choice(key, default, *rest)
+        assert type(chosen[key]) is type(default) and chosen[key] != default
+        return chosen[key]
+
+    for kind in kinds:
+        monkeypatch.setattr(import_module(f"ctr_kernels.{kind}.triton"), "launch_choice", choose)
+    torch.testing.assert_close(results(), expected)
+    assert chosen == pasted

@@ -75,7 +75,8 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     kernels._backward(y, x0, x, u, v, bias)
     # Row kernel: grad twice, x0 and x once; weight kernel: each once.
     assert [times(accesses["load"], t) for t in (y, x0, x)] == [{3}, {2}, {2}]
-    parts = min(32 // 2, -(-70 // kernels.SLICE_ROWS))
+    tile = kernels.TILES[kernels._table_key("weight", torch.float32, 0)]
+    parts = min(16 * (8 // tile.warps) // -(-100 // tile.columns), -(-70 // tile.rows))
     assert accesses["store"].total() == 2 * 7000 + 2 * 70 * 16 + parts * (2 * 100 * 16 + 100)
 
 
