@@ -44,6 +44,7 @@ TILES: dict[tuple[str, str, int], Tile] = {
     key: Tile(32, 32, 4)
     for key in itertools.product(("forward", "row", "weight"), ("half", "tf32", "tf32x3"), CAPABILITIES)
 }
+TILES["weight", "half", 80] = Tile(64, 32, 4)  # with 32 rows it spills at W = 2496
 CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64), (2, 4, 8))]  # of a search
 
 
@@ -256,10 +257,13 @@ def low_rank_cross_triton(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Ten
 
 
 def aot_specs() -> list[Spec]:
-    """The three kernels at the widths of the two recipes' inputs, 429 of rank 32 and a multiple of 16, and rank 64."""
+    """The three kernels in all arithmetics at the widths of the models, and at twice their rank.
+
+    DCNv2's is 429, and with embedded numeric features 39 x 16 = 624; that of a shortcut from tokens, 39 x 64 = 2496.
+    """
     specs = []
     kernels = {"forward": _forward_kernel, "row": _row_kernel, "weight": _weight_kernel}
-    shapes = (("tf32x3", 429, 32), ("half", 429, 32), ("half", 624, 32), ("tf32x3", 624, 64))
+    shapes = [*itertools.product(("tf32x3", "tf32", "half"), (429, 624, 2496), (32,)), ("tf32x3", 624, 64)]
     for (arithmetic, width, rank), (name, kernel), cc in itertools.product(shapes, kernels.items(), CAPABILITIES):
         tile = table_choice(("cross", name, arithmetic, cc, width, _block(rank)), TILES[name, arithmetic, cc])
         constexprs = {"W": width, "R": rank, "RP": _block(rank), "BN": tile.columns, "BM": tile.rows,
@@ -267,7 +271,7 @@ def aot_specs() -> list[Spec]:
         kinds = {"partial": "*fp32", "rows": "i32"}
         signature = {argument: kinds.get(argument, "*bf16" if arithmetic == "half" else "*fp32")
                      for argument in kernel.arg_names if argument not in constexprs}
-        label = f"{kernel.__name__[1:]} {'bf16' if arithmetic == 'half' else 'fp32'} W {width} R {rank}"
+        label = f"{kernel.__name__[1:]} {'bf16' if arithmetic == 'half' else arithmetic} W {width} R {rank}"
         specs.append(Spec(kernel, signature, constexprs, tile.warps, label, (cc,), tensor_cores=True,
-                          tuned=width == 429))
+                          tuned=arithmetic != "tf32" and width != 624))
     return specs
