@@ -34,7 +34,7 @@ BESIDE = {
     "racecheck": ((*CHECKS, "--group", "launches", "--tiny"), 150),
 }
 ALONE = {
-    "tuning": ((*CHECKS, "--group", "tuning"), 240),  # with --autotune alone
+    "tuning": ((*CHECKS, "--group", "tuning"), 36_000),  # with --autotune alone, which may take --seconds
     "training": ((*CHECKS, "--group", "training"), 120),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
     "speed attention fp32": ((*SPEED, "--group", "attention", "--dtype", "fp32"), 75),
@@ -206,7 +206,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter; no figures")
     parser.add_argument("--parts", default="", help=f"comma-separated, of: {', '.join(parts)}; default: all")
     parser.add_argument("--autotune", action="store_true",
-                        help="only search launch configurations; gpu.log has the lines for the tables")
+                        help="only search launch configurations; gpu.log has the lines for "
+                             "ctr_kernels/triton_tuned.py, of as many kernels as --seconds allow")
     parser.add_argument("--seconds", type=float, default=570.0, help="of the whole call")
     options = parser.parse_args()
     default = ["tuning"] if options.autotune else [name for name in parts if name != "tuning"]

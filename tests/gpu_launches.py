@@ -1,0 +1,96 @@
+"""Every Triton kernel launched once or tuned, with the batches and optimizers that gpu_checks.py trains with."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from gpu_parity import DENSE, FIELDS, Scale, arithmetic
+from parity import ffn_inputs
+from torch import nn
+
+from ctr_kernels import TransformerLayer, ffn, field_attention
+from ctr_models import MODELS
+from ctr_train.optim import make_optimizers, update
+
+LAYERS: dict[str, dict[str, Any]] = {"ft": {"ffn_dim": 256, "norm": "pre", "activation": "gelu"},
+                                     "autoint": {"ffn_dim": 128, "norm": "post", "activation": "relu"}}
+
+
+class Batch(NamedTuple):
+    """dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]."""
+
+    dense: torch.Tensor
+    sparse: torch.Tensor
+    label: torch.Tensor
+
+
+class HostBatch(Batch):
+    """A batch in host memory."""
+
+    def to_device(self, device: torch.device) -> Batch:
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
+
+
+def random_batch(rows: int, table_rows: int, seed: int) -> HostBatch:
+    """Rows whose label depends on both kinds of feature, so that there is something to learn."""
+    draw = torch.Generator().manual_seed(seed)
+    dense = torch.rand(rows, DENSE, generator=draw)
+    sparse = (torch.rand(rows, FIELDS, generator=draw) ** 6 * table_rows).int()
+    logits = 3 * dense[:, :4].sum(1) - 7 + (sparse[:, :8] % 2).sum(1) * 0.5
+    label = (torch.rand(rows, generator=draw) < logits.sigmoid()).float()
+    return HostBatch(dense, sparse, label)
+
+
+def optimizers_of(model: nn.Module, kernels: str) -> list[torch.optim.Optimizer]:
+    return make_optimizers(model, embedding_optimizer="rowwise-adagrad", embedding_lr=0.02, lr=1e-3,
+                           weight_decay=0.01, kernels=kernels)
+
+
+def launches(scale: Scale) -> None:
+    """Every kernel at small shapes and nothing else: what a memory checker watches."""
+    launch_all(scale, [(1, 64), (2, 28), (3, 27)] if scale.is_gpu else [(1, 27)], {})
+
+
+def tuning(scale: Scale) -> None:
+    """Every kernel at the shapes of training, those of the recipe `small` too: with CTR_KERNELS_AUTOTUNE=1 this prints
+    lines for the launch tables. A rehearsal times one call of each candidate, for what that is worth."""
+    shortcut = {"numeric": "affine", "shortcut": "cross"}
+    if scale.is_gpu:
+        launch_all(scale, [(scale.batch, 27), (scale.batch, 28)],
+                   {"dcnv2": {"numeric": "affine"}, "autoint": shortcut, "ft": shortcut})
+    else:
+        with patch("ctr_kernels.triton_autotune._milliseconds", one_call):
+            launch_all(scale, [(1, 27)], {})
+
+
+def one_call(run: Callable[[], object]) -> float:
+    """Milliseconds by the wall clock."""
+    started = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def launch_all(scale: Scale, shapes: list[tuple[int, int]], variants: dict[str, dict[str, str]]) -> None:
+    """Every kernel both ways at (batch, fields), in each arithmetic; steps of the models, and of their variants."""
+    for precision in scale.choose(["fp32", "tf32", "bf16", "fp16"]):
+        with arithmetic(precision, scale) as dtype:
+            for batch, fields in shapes:
+                layer = LAYERS["ft" if fields == 28 else "autoint"]  # 28 with FT-Transformer's CLS token
+                module = TransformerLayer(64, 4, **layer, dropout=0.1, kernels="triton").to(scale.device, dtype)
+                x = torch.randn(batch, fields, 64).to(scale.device, dtype).requires_grad_()
+                module(x).backward(torch.randn(batch, fields, 64).to(scale.device, dtype))
+                assert x.grad.isfinite().all()
+                q, k, v = torch.randn(batch, fields, 192).to(scale.device, dtype).chunk(3, dim=-1)
+                assert field_attention(q, k, v, num_heads=8, kernels="triton").isfinite().all()
+                y = ffn(*(t.to(scale.device) for t in ffn_inputs(batch * fields, 20, 24, dtype)), kernels="triton")
+                assert y.isfinite().all()
+    models = MODELS if scale.is_gpu else ("dcnv2",)
+    forms = [(name, form) for name in models for form in ({}, variants.get(name)) if form is not None]
+    for name, form in forms:
+        model = MODELS[name](num_embeddings=100, kernels="triton", **form).to(scale.device)
+        optimizers = optimizers_of(model, "triton")
+        for i in range(2):
+            update(model, optimizers, random_batch(shapes[-1][0], 100, i).to_device(scale.device), precision="fp32")
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
