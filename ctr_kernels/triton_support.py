@@ -144,6 +144,7 @@ class Spec(NamedTuple):
     capabilities: tuple[int, ...] = CAPABILITIES  # the architectures it is meant for
     tensor_cores: bool = False  # whether its products belong on tensor cores
     resident_warps: int = 8  # warps that a multiprocessor must hold at once, 64 at most
+    max_registers: int | None = None  # of a thread, as the launch limits them
     tuned: bool = True  # a shape of the three models' recipes; the tests compile the others only when asked to
 
 
@@ -187,7 +188,8 @@ def compile_ahead(spec: Spec, cc: int) -> Compiled:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if re.search(r"^\*|:16$", kind)}
     signature = {name: kind.removesuffix(":16") for name, kind in zip(names, types, strict=True)}
     source = ASTSource(spec.kernel, signature, constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={"num_warps": spec.num_warps})
+    options = {"num_warps": spec.num_warps, "maxnreg": spec.max_registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -30,9 +30,10 @@ Traffic next to the floor, n = 106,496 uniform ids on 2M rows of 64 fp32 (U = 10
 3 n dim + 2 U dim FLOP = 34 MFLOP for SGD, some 8 U dim more for Adam, 13 instructions an element for the rounding of
 bf16: below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB, comes on top.
 
-Occupancy on sm_90 with fp32 rows of 64: 118 registers (SGD), 162 (rowwise Adagrad), 155 (Adam), so 17 or 12 one-warp
-programs fit an SM; the 1,664 programs of n = 106,496 are 12.6 an SM, each with 4 KB of gradient and 4 KB of table rows
-in flight (2 KB each with the tiles of Adagrad and Adam, whose state comes along). bf16 takes 189 registers.
+Occupancy on sm_90 with fp32 rows of 64: 118 registers (SGD), and 152 (rowwise Adagrad) and 148 (Adam), which would take
+162 and 155 if they were not held to MAX_REGISTERS: 17 or 13 one-warp programs fit an SM. The 1,664 programs of
+n = 106,496 are 12.6 an SM of 132, so that all run at once, each with 4 KB of gradient and 4 KB of table rows in flight
+(2 KB each with the tiles of Adagrad and Adam, whose state comes along). bf16 takes 189 registers.
 """
 
 import math
@@ -53,6 +54,7 @@ CHUNK = 64  # sorted positions of a program
 # few warps as 16-byte loads allow, so that the scan over positions needs shuffles only, no shared memory.
 TILES = {16: (32, 1), 32: (32, 1), 64: (16, 1), 128: (8, 1), 256: (8, 2), 512: (8, 4), 1024: (8, 8), 2048: (4, 16)}
 MAX_DIM = max(TILES)
+MAX_REGISTERS = {("rowwise-adagrad", 64): 152, ("lazy-adam", 64): 152}  # a thread; fp32 without counted steps only
 CLOSE_WARPS = 4
 CLOSE_ELEMENTS = 4096  # of a tile of partial sums
 
@@ -285,6 +287,11 @@ def _tile(block: int, rule: str) -> tuple[int, int]:
     return (max(2, tile // 2) if rule in ("adagrad", "lazy-adam") else tile), warps
 
 
+def _max_registers(block: int, rule: str, dtype: torch.dtype, counts: bool) -> int | None:
+    """Of a thread of the first kernel; None for as many as it takes: bf16 and counted steps would spill."""
+    return MAX_REGISTERS.get((rule, block)) if dtype == torch.float32 and not counts else None
+
+
 def _constants(rule: Rule) -> dict[str, Any]:
     """What both kernels have compiled in."""
     log1, log2 = (math.log2(beta) if beta else -math.inf for beta in (rule.beta1, rule.beta2))
@@ -321,7 +328,9 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
                  "LR_IS_TENSOR": on_device, **_constants(rule)}
     with torch.cuda.device_of(weight):
         _chunk_kernel[(chunks,)](*tables, sorted_ids, order, rows, partial, *scalars, n, num_rows,
-                                 ROWS_STRIDE=rows.stride(0), TILE=tile, num_warps=warps, **constants)
+                                 ROWS_STRIDE=rows.stride(0), TILE=tile, num_warps=warps,
+                                 maxnreg=_max_registers(block, rule.name, weight.dtype, state.last is not None),
+                                 **constants)
         if chunks > 1:
             _close_kernel[(chunks - 1,)](*tables, sorted_ids, partial, *scalars, chunks, num_rows,
                                          TILE=CLOSE_ELEMENTS // block, num_warps=CLOSE_WARPS, **constants)
@@ -359,5 +368,8 @@ def aot_specs() -> list[Spec]:
             constexprs |= shared
             signature = {argument: kinds[argument] for argument in kernel.arg_names if argument not in constexprs}
             label = f"{kernel.__name__[1:]} {name} {dtype} dim {dim}" + (" counting steps" if counts else "")
-            specs.append(Spec(kernel, signature, constexprs, num_warps, label))
+            limit = _max_registers(dim, name, torch.float32 if dtype == "fp32" else torch.bfloat16, counts)
+            specs.append(Spec(kernel, signature, constexprs, num_warps, label,
+                              resident_warps=13 if (dim, dtype) == (64, "fp32") else 8,
+                              max_registers=limit if kernel is _chunk_kernel else None))
     return specs
