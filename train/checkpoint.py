@@ -15,7 +15,7 @@ from .files import atomic_path
 from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
-VERSION = 2
+VERSION = 3
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 
@@ -31,6 +31,7 @@ def save_checkpoint(
     config: dict[str, Any],
     artifacts: Artifacts,
     best: dict[str, Any] | None,
+    average: dict[str, torch.Tensor],
 ) -> None:
     """Write the state after `step` steps, and that of torch's random generators, atomically.
 
@@ -38,6 +39,7 @@ def save_checkpoint(
         config: the run's settings; config["model"] names the model. Numbers, strings, lists and dicts only.
         artifacts: those of the data the model is trained on.
         best: {"step", "logloss", ...} of the best evaluation so far; None without one.
+        average: the weights that scoring takes in place of the model's, by name; {} without `ema`.
 
     Raises UserError where the file cannot be written (an earlier file of that name stays as it is).
     """
@@ -52,6 +54,7 @@ def save_checkpoint(
         "config": config,
         "artifacts": artifacts.to_dict(),
         "best": best,
+        "average": average,
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []},
     }
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
@@ -87,6 +90,11 @@ def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str
     if model_name is not None and found != model_name:
         raise UserError(f"{path} is a checkpoint of the model {found!r}, not of {model_name!r}")
     return content
+
+
+def scored_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's state for predictions: with averaged weights where the run keeps an average."""
+    return {**content["model"], **content["average"]}
 
 
 def restore_rng(content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ctr_models import CTRModel
 
-from .checkpoint import build_model, load_checkpoint
+from .checkpoint import build_model, load_checkpoint, scored_weights
 from .command import run_command
 from .data.artifacts import Artifacts
 from .data.raw import read_features
@@ -67,7 +67,7 @@ class Trained:
         set_up_torch(threads=threads, precision=config["precision"], deterministic=config["deterministic"])
         model = build_model(config, artifacts, kernels)
         try:
-            model.load_state_dict(content["model"])
+            model.load_state_dict(scored_weights(content))
         except RuntimeError as error:
             raise UserError(f"the weights in {path} do not fit the model {config['model']!r} of its own settings "
                             f"({str(error).splitlines()[-1].strip()})") from error

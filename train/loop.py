@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from ctr_models import CTRModel
 
+from .average import WeightAverage
 from .calibrate import calibrate
 from .checkpoint import restore_rng, save_checkpoint
 from .data.artifacts import Artifacts
@@ -46,6 +47,7 @@ class Trainer:
 
     Attributes:
         step: steps done, by this process or by one before it.
+        average: of the weights outside the tables, for evaluations; None without `ema`.
         best: {"step", "logloss", "evaluations_since"} of the best evaluation so far; None without one.
     """
 
@@ -59,7 +61,9 @@ class Trainer:
             embedding_weight_decay=config["embedding_weight_decay"])
         self.total_steps = config["total_steps"]
         self.schedulers = make_schedulers(self.optimizers, config["schedule"], config["warmup"], self.total_steps)
-        self._update: Step = partial(update, model, self.optimizers, precision=config["precision"])
+        self.average = WeightAverage(model, config["ema"]) if config["ema"] else None
+        self._update: Step = partial(update, model, self.optimizers, precision=config["precision"],
+                                     average=self.average)
         if recorder is not None:
             self._update = GraphedStep(self._update, self.optimizers, recorder, loader.settle)
         self.step = 0
@@ -76,6 +80,8 @@ class Trainer:
             load_optimizer(optimizer, state)
         for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
             scheduler.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
         self.loader.load_state_dict(content["loader"])
         self.step, self.best, self._saved_step = content["step"], content["best"], content["step"]
         restore_rng(content)
@@ -168,6 +174,10 @@ class Trainer:
         self._interval_step = self.step
         self._interval_losses: list[float] = []
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within: the model has the weights that it is evaluated with."""
+        return nullcontext() if self.average is None else self.average.in_use()
+
     @contextmanager
     def _not_counted(self) -> Iterator[None]:
         """Leave the time within out of the interval's."""
@@ -180,7 +190,7 @@ class Trainer:
         self._check_finite()
         train = self.loader.split
         rows = train.part(max(0, train.rows - self.config["calibration_rows"]), train.rows)
-        with self._not_counted():
+        with self._not_counted(), self.averaged():
             shift = calibrate(self.model, rows, batch_size=self.config["batch_size"], device=self.device,
                               precision=self.config["precision"])
         progress.message(f"calibrated on {rows.rows:,} training rows: logits {shift:+.4f}")
@@ -188,7 +198,7 @@ class Trainer:
     def _evaluate(self, progress: TrainingProgress) -> None:
         """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best; last.pt always."""
         self._check_finite()
-        with self._not_counted():
+        with self._not_counted(), self.averaged():
             metrics = evaluate(self.model, self.valid, batch_size=self.config["batch_size"], device=self.device,
                                precision=self.config["precision"])
         self._log.write({"event": "eval", "step": self.step, **metrics})
@@ -209,7 +219,8 @@ class Trainer:
         with self._not_counted():
             save_checkpoint(self.directory / name, model=self.model, optimizers=self.optimizers,
                             schedulers=self.schedulers, loader_state=self.loader.state_dict(), step=self.step,
-                            config=self.config, artifacts=self.artifacts, best=self.best)
+                            config=self.config, artifacts=self.artifacts, best=self.best,
+                            average=self.average.state_dict() if self.average else {})
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def _check_finite(self) -> None:

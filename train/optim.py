@@ -10,6 +10,7 @@ from ctr_kernels import SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, Spa
 from ctr_models import CTRModel
 
 if TYPE_CHECKING:
+    from .average import WeightAverage
     from .data.loader import Batch
 
 EMBEDDING_OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
@@ -53,10 +54,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def update(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], batch: "Batch", *,
-           precision: str) -> torch.Tensor:
+           precision: str, average: "WeightAverage | None" = None) -> torch.Tensor:
     """Train on a batch, forward to both optimizers; the loss [] of the weights before, on the device.
 
-    precision: "bf16" for autocast. Nothing here waits for a GPU.
+    precision: "bf16" for autocast. average: takes in the new weights. Nothing here waits for a GPU.
     """
     with torch.autocast(batch.dense.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         logits = model(batch.dense, batch.sparse)
@@ -65,4 +66,6 @@ def update(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], batch: 
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has that memory
+    if average is not None:
+        average.update()
     return loss.detach()

@@ -28,6 +28,7 @@ class Recipe:
         eval_every: steps between evaluations on validation rows, and one after the last step; 0: none, the last
             weights are the result.
         patience: stop after that many evaluations without a better logloss; 0: never.
+        ema: decay of the moving average of the weights outside the tables that the run is evaluated with; 0: none.
         calibration_rows: after the last step the logit's bias is moved until the mean prediction on that many
             training rows, the last ones, is their click rate; 0: not at all.
         by_model: values that differ for a model, {"ft": {"lr": ...}}.
@@ -54,6 +55,7 @@ class Recipe:
     precision: str = "fp32"
     eval_every: int = 0
     patience: int = 0
+    ema: float = 0.0
     calibration_rows: int = 0
     by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -110,7 +112,7 @@ def _check(values: Mapping[str, Any]) -> None:
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
         "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
         "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "calibration_rows": (0, None),
-        "dropout": (0.0, 1.0), "embedding_dropout": (0.0, 1.0),
+        "ema": (0.0, 1.0), "dropout": (0.0, 1.0), "embedding_dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():
         value = values[key]

@@ -1,6 +1,7 @@
 """One training run from its settings to its result: a directory with config, metrics, checkpoints and gold.json."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import click
 import torch
 
-from .checkpoint import build_model, load_checkpoint
+from .checkpoint import build_model, load_checkpoint, scored_weights
 from .data.artifacts import Artifacts
 from .data.dataset import Part, Split, open_split
 from .data.loader import Loader
@@ -196,10 +197,11 @@ def _evaluate_gold(directory: Path, trainer: Trainer, data: Path) -> None:
     name = "last.pt"
     if trainer.best is not None:
         name = "best.pt"
-        trainer.model.load_state_dict(load_checkpoint(directory / name)["model"])
+        trainer.model.load_state_dict(scored_weights(load_checkpoint(directory / name)))
     config = trainer.config
-    report = gold_report(trainer.model, data, trainer.artifacts, batch_size=config["batch_size"],
-                         device=trainer.device, precision=config["precision"])
+    with trainer.averaged() if trainer.best is None else nullcontext():
+        report = gold_report(trainer.model, data, trainer.artifacts, batch_size=config["batch_size"],
+                             device=trainer.device, precision=config["precision"])
     trained = {"checkpoint": name, "steps": trainer.step, "rows_trained": trainer.step * config["batch_size"],
                "rows_per_s": rows_per_second(read_log(directory))}
     write_json(directory / "gold.json", {**report, **trained})

@@ -37,7 +37,7 @@ def save(prepared):
         save_checkpoint(path, model=model, optimizers=optimizers,
                         schedulers=make_schedulers(optimizers, "cosine", 2, 10),
                         loader_state={"epoch": 1, "batch": 2, "seed": 3, "rows": 4, "batch_size": 5}, step=7,
-                        config=config, artifacts=Artifacts.load(prepared), best={"step": 5, "logloss": 0.5})
+                        config=config, artifacts=Artifacts.load(prepared), best={"step": 5, "logloss": 0.5}, average={})
         return model, optimizers
 
     return write
@@ -122,8 +122,8 @@ class Trap:
 def test_a_version_of_the_future_is_refused(save, tmp_path):
     path = tmp_path / "last.pt"
     save(path)
-    torch.save({**load_checkpoint(path), "version": 3}, path)
-    with pytest.raises(UserError, match="has checkpoint version 3; this program reads version 2"):
+    torch.save({**load_checkpoint(path), "version": 4}, path)
+    with pytest.raises(UserError, match="has checkpoint version 4; this program reads version 3"):
         load_checkpoint(path)
 
 
@@ -137,7 +137,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 config, artifacts = {config!r}, Artifacts.load(sys.argv[2])
 try:
     save_checkpoint(sys.argv[1], model=build_model(config, artifacts, "eager"), optimizers=[], schedulers=[],
-                    loader_state={{}}, step=9, config=config, artifacts=artifacts, best=None)
+                    loader_state={{}}, step=9, config=config, artifacts=artifacts, best=None, average={{}})
 except UserError as error:
     print(error)
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctr_train import loop
-from ctr_train.checkpoint import load_checkpoint
+from ctr_train.checkpoint import load_checkpoint, scored_weights
 from ctr_train.errors import UserError
 from ctr_train.evaluate import evaluate
 from ctr_train.loop import Trainer
@@ -23,7 +23,7 @@ def weights(directory: Path, name: str = "last.pt") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("model", "optimizer", "more"), [
     ("ft", "rowwise-adagrad", {}), ("autoint", "sgd", {"embedding_dtype": "bf16", "numeric": "piecewise"}),
-    ("dcnv2", "adagrad", {"embedding_weight_decay": 0.1, "numeric": "periodic", "calibration_rows": 500}),
+    ("dcnv2", "adagrad", {"embedding_weight_decay": 0.1, "numeric": "periodic", "calibration_rows": 500, "ema": 0.9}),
     ("dcnv2", "lazy-adam", {"embedding_dtype": "bf16"})])
 def test_thirty_steps_and_thirty_more_are_sixty_bit_for_bit(make_trainer, tmp_path, model, optimizer, more):
     settings = {"model": model, "embedding_optimizer": optimizer, "eval_every": 20, "tables": "per-field", **more}
@@ -47,6 +47,9 @@ def test_thirty_steps_and_thirty_more_are_sixty_bit_for_bit(make_trainer, tmp_pa
         torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)
         assert a["param_groups"] == b["param_groups"]
     assert whole["schedulers"] == halves["schedulers"]
+    assert whole["average"].keys() == halves["average"].keys() and bool(whole["average"]) == ("ema" in more)
+    for name, tensor in whole["average"].items():
+        assert torch.equal(tensor, halves["average"][name]), name
     by_step = [{(e["step"], "event" in e): e for e in read_log(tmp_path / name)} for name in ("whole", "halves")]
     assert by_step[0].keys() == by_step[1].keys()
     for key, entry in by_step[0].items():
@@ -93,6 +96,35 @@ def test_a_finished_run_is_calibrated_on_its_last_training_rows(make_trainer, tm
     changed = [name for name, tensor in weights(tmp_path / "run").items()
                if not torch.equal(tensor, weights(tmp_path / "other")[name])]
     assert changed == ["head.bias"]
+
+
+def test_the_average_is_that_of_the_formula_and_what_is_evaluated(make_trainer, tmp_path):
+    trainer, stop = make_trainer("run", model="dcnv2", steps=4, ema=0.75, calibration_rows=300, eval_every=4)
+    expected = {name: p.detach().double() for name, p in trainer.model.named_parameters() if "embedding" not in name}
+    take = trainer._update
+
+    def take_and_note(batch):
+        loss = take(batch)
+        for name, p in trainer.model.named_parameters():
+            if name in expected:
+                expected[name] = 0.75 * expected[name] + 0.25 * p.detach().double()
+        return loss
+
+    trainer._update = take_and_note
+    assert trainer.train(stop) == "finished"
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert content["average"].keys() == expected.keys()
+    for name, mean in content["average"].items():
+        if name != "head.bias":  # which the calibration moved
+            torch.testing.assert_close(mean.double(), expected[name], rtol=1e-6, atol=1e-7)
+            assert not torch.equal(mean, content["model"][name])
+    trainer.model.load_state_dict(scored_weights(content))
+    options = {"batch_size": 64, "device": "cpu", "precision": "fp32"}
+    train = trainer.loader.split
+    found = evaluate(trainer.model, train.part(train.rows - 300, train.rows), **options)
+    assert found["calibration"] == pytest.approx(1.0, abs=1e-5)
+    (evaluation,) = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "eval"]
+    assert evaluation["logloss"] == pytest.approx(evaluate(trainer.model, trainer.valid, **options)["logloss"], abs=1e-7)
 
 
 def test_an_interrupted_run_is_not_calibrated(make_trainer, tmp_path):
