@@ -84,8 +84,9 @@ def _launch(key: tuple[str, str, int, int, int]) -> Launch:
 
 
 def _candidates(direction: str, block_d: int) -> Iterator[Launch]:
-    """What a search tries."""
-    yield from itertools.starmap(Launch, itertools.product((1, 2, 4, 8), (1, 2, 4, 8)))
+    """What a search tries: more than two pairs a warp spill, and take long to compile."""
+    yield from (Launch(pairs, warps) for pairs, warps in itertools.product((1, 2, 4, 8), repeat=2)
+                if pairs <= 2 * warps)
     if direction == "backward":
         yield from (Launch(1, warps, columns) for warps in (4, 8) for columns in (16, 32) if columns < block_d)
 
