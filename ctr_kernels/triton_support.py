@@ -38,6 +38,11 @@ def input_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if exact else "tf32"
 
 
+def arithmetic_of(dtype: torch.dtype) -> str:
+    """The arithmetic that launch tables are keyed on: "half" (fp16 and bf16), "tf32" or "tf32x3"."""
+    return input_precision(dtype) if dtype == torch.float32 else "half"
+
+
 def register(name: str, signature: str, run: Callable, fake: Callable) -> None:
     """Define the operator ctr::<name><signature>: `run` launches it on CUDA, in the interpreter on CPUs as well."""
     LIBRARY.define(name + signature)

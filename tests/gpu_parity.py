@@ -9,7 +9,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # parity.py asks for deterministic algorithms
 
 import torch
-from parity import FP32_UNIT, SEED, Tensors, assert_parity, ffn_inputs, with_gradients
+from parity import FP32_UNIT, SEED, Tensors, assert_parity, cross_inputs, ffn_inputs, with_gradients
 
 from ctr_kernels import (
     EmbeddingTable,
@@ -156,9 +156,7 @@ def cross(scale: Scale, precision: str) -> None:
     shapes = [(scale.batch, 429, 32), (scale.batch, 2496, 32), (33, 624, 64), (1, 5, 1), (0, 429, 32)]
     with arithmetic(precision, scale) as dtype:
         for batch, width, rank in scale.choose(shapes):
-            sizes = [(batch, width), (batch, width), (rank, width), (width, rank), (width,)]
-            inputs = [(torch.randn(size) / (size[-1] ** 0.5 if i in (2, 3) else 1.0)).to(scale.device, dtype)
-                      for i, size in enumerate(sizes)]
+            inputs = [t.to(scale.device) for t in cross_inputs(batch, width, rank, dtype)]
             grad_out = torch.randn(batch, width, device=scale.device) / max(1, batch) ** 0.5
             compare(lambda *t: low_rank_cross(*t, kernels="triton"), low_rank_cross_reference, inputs, grad_out,
                     precision)

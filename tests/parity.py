@@ -46,6 +46,12 @@ def check(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torc
     )
 
 
+def cross_inputs(batch: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> Tensors:
+    shapes = [(batch, width), (batch, width), (rank, width), (width, rank), (width,)]
+    return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (2, 3) else 1.0)).to(dtype)
+            for i, shape in enumerate(shapes)]
+
+
 def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
     shapes = [(tokens, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
     return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0)).to(dtype)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity import SEED, Tensors, assert_parity, check, ffn_inputs, with_gradients
+from parity import SEED, Tensors, assert_parity, check, cross_inputs, ffn_inputs, with_gradients
 from triton_interpreter import INTERPRETED, run_in_the_interpreter
 
 from ctr_kernels import (
@@ -198,8 +198,7 @@ def test_layer(fused: str, norm: str, dropout_p: float) -> None:
 
 
 def check_cross(kernels: str, batch: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> None:
-    shapes = [(batch, width), (batch, width), (rank, width), (width, rank), (width,)]
-    inputs = [(torch.randn(s) / (s[-1] ** 0.5 if i in (2, 3) else 1.0)).to(dtype) for i, s in enumerate(shapes)]
+    inputs = cross_inputs(batch, width, rank, dtype)
     grad_out = torch.randn(batch, width) / max(1, batch) ** 0.5  # sums over the rows are then about 1
     check(partial(low_rank_cross, kernels=kernels), low_rank_cross_reference, inputs, grad_out.to(dtype))
 

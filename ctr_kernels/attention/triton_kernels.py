@@ -22,6 +22,12 @@ def _inside(pair, column, pairs, F: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.
 
 
 @triton.jit
+def _tile(x, pair, column, stride_b, stride_f, inside, H: tl.constexpr, DH: tl.constexpr, BLOCK_F: tl.constexpr):
+    """[PAIRS, BLOCK_F, columns] of a [B, F, H DH] tensor; zero where `inside` is false."""
+    return tl.load(x + _offsets(pair, column, stride_b, stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b for each pair; acc may be None. Where there is one pair a 2-D dot, which several warps share; else 3-D,
     one warp a pair."""
@@ -37,8 +43,8 @@ def _weights(logits, factor, F: tl.constexpr, NEGATE: tl.constexpr):
     """exp(S - max S) [PAIRS, BLOCK_F, BLOCK_F], 0 for padded keys, and the inverse row sums [PAIRS, BLOCK_F, 1].
 
     logits: q k^T. factor: |scale| log2(e), at least the smallest normal number. The maximum is subtracted before the
-    factor, so that its weight is exactly 1: of logits of thousands, a rounding after the factor
-    would reach the gradients.
+    factor, so that its weight is exactly 1: of logits of thousands, a rounding after the factor would
+    reach the gradients.
     """
     if NEGATE:
         logits = -logits
@@ -72,9 +78,9 @@ def forward_kernel(
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.arange(0, BLOCK_D)
     inside = _inside(pair, column, pairs, F, DH, BLOCK_F)
-    tile_q = tl.load(q + _offsets(pair, column, q_stride_b, q_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
-    tile_k = tl.load(k + _offsets(pair, column, k_stride_b, k_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
-    tile_v = tl.load(v + _offsets(pair, column, v_stride_b, v_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+    tile_q = _tile(q, pair, column, q_stride_b, q_stride_f, inside, H, DH, BLOCK_F)
+    tile_k = _tile(k, pair, column, k_stride_b, k_stride_f, inside, H, DH, BLOCK_F)
+    tile_v = _tile(v, pair, column, v_stride_b, v_stride_f, inside, H, DH, BLOCK_F)
     weights, normaliser = _weights(_dot(tile_q, tl.permute(tile_k, (0, 2, 1)), None, PRECISION), factor, F, NEGATE)
     if DROPOUT:
         weights = tl.where(_keep(seed, pair, limit, F, BLOCK_F), weights, 0.0)
@@ -99,13 +105,13 @@ def backward_kernel(
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
     column = tl.arange(0, BLOCK_D)
     inside = _inside(pair, column, pairs, F, DH, BLOCK_F)
-    tile_q = tl.load(q + _offsets(pair, column, q_stride_b, q_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
-    tile_k = tl.load(k + _offsets(pair, column, k_stride_b, k_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+    tile_q = _tile(q, pair, column, q_stride_b, q_stride_f, inside, H, DH, BLOCK_F)
+    tile_k = _tile(k, pair, column, k_stride_b, k_stride_f, inside, H, DH, BLOCK_F)
     offsets = _offsets(pair, column, F * 3 * H * DH, 3 * H * DH, H, DH, BLOCK_F)
 
     weights, normaliser = _weights(_dot(tile_q, tl.permute(tile_k, (0, 2, 1)), None, PRECISION), factor, F, NEGATE)
     weights *= normaliser
-    tile_o = tl.load(grad_out + _offsets(pair, column, o_stride_b, o_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+    tile_o = _tile(grad_out, pair, column, o_stride_b, o_stride_f, inside, H, DH, BLOCK_F)
     dropped = weights
     if DROPOUT:
         keep = _keep(seed, pair, limit, F, BLOCK_F)
@@ -113,7 +119,7 @@ def backward_kernel(
     grad_v = _dot(tl.permute(dropped.to(tile_o.dtype), (0, 2, 1)), tile_o, None, PRECISION)
     tl.store(grads + offsets + 2 * H * DH, grad_v.to(grads.dtype.element_ty), mask=inside)
 
-    tile_v = tl.load(v + _offsets(pair, column, v_stride_b, v_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+    tile_v = _tile(v, pair, column, v_stride_b, v_stride_f, inside, H, DH, BLOCK_F)
     grad_weights = _dot(tile_o, tl.permute(tile_v, (0, 2, 1)), None, PRECISION)
     if DROPOUT:
         grad_weights = tl.where(keep, grad_weights * inverse_keep, 0.0)
@@ -145,8 +151,8 @@ def sliced_backward_kernel(
     for first in tl.range(0, BLOCK_D, SLICE, num_stages=1, disable_licm=True):
         column = first + tl.arange(0, SLICE)
         inside = _inside(pair, column, pairs, F, DH, BLOCK_F)
-        tile_q = tl.load(q + _offsets(pair, column, q_stride_b, q_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
-        tile_k = tl.load(k + _offsets(pair, column, k_stride_b, k_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+        tile_q = _tile(q, pair, column, q_stride_b, q_stride_f, inside, H, DH, BLOCK_F)
+        tile_k = _tile(k, pair, column, k_stride_b, k_stride_f, inside, H, DH, BLOCK_F)
         logits = _dot(tile_q, tl.permute(tile_k, (0, 2, 1)), logits, PRECISION)
     weights, normaliser = _weights(logits, factor, F, NEGATE)
     weights *= normaliser
@@ -161,9 +167,8 @@ def sliced_backward_kernel(
         column = first + tl.arange(0, SLICE)
         inside = _inside(pair, column, pairs, F, DH, BLOCK_F)
         offsets = _offsets(pair, column, F * 3 * H * DH, 3 * H * DH, H, DH, BLOCK_F)
-        tile_o = tl.load(grad_out + _offsets(pair, column, o_stride_b, o_stride_f, H, DH, BLOCK_F), mask=inside,
-                         other=0.0)
-        tile_v = tl.load(v + _offsets(pair, column, v_stride_b, v_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+        tile_o = _tile(grad_out, pair, column, o_stride_b, o_stride_f, inside, H, DH, BLOCK_F)
+        tile_v = _tile(v, pair, column, v_stride_b, v_stride_f, inside, H, DH, BLOCK_F)
         grad_weights = _dot(tile_o, tl.permute(tile_v, (0, 2, 1)), grad_weights, PRECISION)
         grad_v = _dot(tl.permute(dropped, (0, 2, 1)), tile_o, None, PRECISION)
         tl.store(grads + offsets + 2 * H * DH, grad_v.to(grads.dtype.element_ty), mask=inside)
@@ -175,9 +180,9 @@ def sliced_backward_kernel(
         column = first + tl.arange(0, SLICE)
         inside = _inside(pair, column, pairs, F, DH, BLOCK_F)
         offsets = _offsets(pair, column, F * 3 * H * DH, 3 * H * DH, H, DH, BLOCK_F)
-        tile_k = tl.load(k + _offsets(pair, column, k_stride_b, k_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+        tile_k = _tile(k, pair, column, k_stride_b, k_stride_f, inside, H, DH, BLOCK_F)
         grad_q = _dot(grad_logits, tile_k, None, PRECISION)
         tl.store(grads + offsets, grad_q.to(grads.dtype.element_ty), mask=inside)
-        tile_q = tl.load(q + _offsets(pair, column, q_stride_b, q_stride_f, H, DH, BLOCK_F), mask=inside, other=0.0)
+        tile_q = _tile(q, pair, column, q_stride_b, q_stride_f, inside, H, DH, BLOCK_F)
         grad_k = _dot(tl.permute(grad_logits, (0, 2, 1)), tile_q, None, PRECISION)
         tl.store(grads + offsets + H * DH, grad_k.to(grads.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..library import LIBRARY, no_double_backward
 from ..triton_autotune import launch_choice, table_choice
-from ..triton_support import CAPABILITIES, Spec, architecture, capability, dot, input_precision, register
+from ..triton_support import CAPABILITIES, Spec, architecture, arithmetic_of, capability, dot, input_precision, register
 
 MAX_RANK = 64
 Tensor = torch.Tensor
@@ -168,7 +168,7 @@ def _block(rank: int) -> int:
 
 def _table_key(kernel: str, dtype: torch.dtype, cc: int) -> tuple[str, str, int]:
     """The row of TILES on sm_<cc>."""
-    return kernel, input_precision(dtype) if dtype == torch.float32 else "half", architecture(cc)
+    return kernel, arithmetic_of(dtype), architecture(cc)
 
 
 def _choice(kernel: str, u: Tensor, run: Callable[[Tile], object]) -> Tile:

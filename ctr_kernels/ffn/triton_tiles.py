@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..triton_support import architecture, input_precision
+from ..triton_support import architecture, arithmetic_of, input_precision
 
 
 class Tile(NamedTuple):
@@ -54,7 +54,7 @@ CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64, 128), (32
 
 def table_key(dim: int, dtype: torch.dtype, cc: int) -> tuple[str, bool, int]:
     """The row of TILES for D = dim on sm_<cc>; 0 is the interpreter."""
-    return input_precision(dtype) if dtype == torch.float32 else "half", dim > 64, architecture(cc)
+    return arithmetic_of(dtype), dim > 64, architecture(cc)
 
 
 def tiles_for(dim: int, dtype: torch.dtype, cc: int) -> tuple[Tiles, str]:

@@ -29,7 +29,7 @@ from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_norm import NORMS
-from ..triton_support import CAPABILITIES, Spec, architecture, capability, input_precision, register
+from ..triton_support import CAPABILITIES, Spec, architecture, arithmetic_of, capability, input_precision, register
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ CANDIDATES = [Tile(*shape) for shape in itertools.product((32, 64, 128), (64, 12
 
 def _table_key(dtype: torch.dtype, cc: int) -> tuple[str, int]:
     """The row of TILES on sm_<cc>."""
-    return input_precision(dtype) if dtype == torch.float32 else "half", architecture(cc)
+    return arithmetic_of(dtype), architecture(cc)
 
 
 def _choice(position: int, weight: Tensor, norm: int, run: Callable[[Tile], object]) -> Tile:

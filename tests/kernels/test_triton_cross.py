@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import check, with_gradients
+from parity import check, cross_inputs, with_gradients
 from torch.library import opcheck
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
@@ -20,11 +20,6 @@ def test_in_the_interpreter() -> None:
     run_in_the_interpreter(__file__, 6)
 
 
-def draw(batch: int, width: int, rank: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    shapes = [(batch, width), (batch, width), (rank, width), (width, rank), (width,)]
-    return [(torch.randn(s) / (s[-1] ** 0.5 if i in (2, 3) else 1.0)).to(dtype) for i, s in enumerate(shapes)]
-
-
 def run(*tensors: torch.Tensor) -> torch.Tensor:
     return low_rank_cross(*tensors, kernels="triton")
 
@@ -34,7 +29,7 @@ def run(*tensors: torch.Tensor) -> torch.Tensor:
 def test_parity(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for batch, width, rank in [(0, 429, 32), (1, 5, 1), (40, 429, 32), (33, 128, 20), (7, 70, 60)]:
-        inputs = draw(batch, width, rank, dtype)
+        inputs = cross_inputs(batch, width, rank, dtype)
         check(run, low_rank_cross_reference, inputs, torch.randn(batch, width).to(dtype))
     strided = [inputs[0][:1].expand(7, 70), inputs[1].t().contiguous().t(), *inputs[2:]]
     check(run, low_rank_cross_reference, strided, torch.randn(70, 7).t().to(dtype))
@@ -43,7 +38,7 @@ def test_parity(dtype: torch.dtype) -> None:
 @interpreted
 def test_the_operator_and_the_same_bits_at_every_run() -> None:
     torch.manual_seed(1)
-    inputs = draw(9, 24, 8)
+    inputs = cross_inputs(9, 24, 8)
     opcheck(torch.ops.ctr.low_rank_cross_triton, [t.clone().requires_grad_() for t in inputs])
     opcheck(torch.ops.ctr.low_rank_cross_triton_backward, (inputs[0].cos(), *inputs))
     first, second = (with_gradients(run, inputs, inputs[0].cos()) for _ in range(2))
@@ -66,7 +61,7 @@ def test_a_model_trains_as_eager_does() -> None:
 @interpreted
 def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
-    x0, x, u, v, bias = draw(70, 100, 16)
+    x0, x, u, v, bias = cross_inputs(70, 100, 16)
     accesses = counting(monkeypatch)
     y = kernels._forward(x0, x, u, v, bias)
     assert times(accesses["load"], x0) == {1} and times(accesses["load"], x) == {2}  # the second from the cache
@@ -83,8 +78,8 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 @interpreted
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="R=65; kernels='triton' takes up to 64"):
-        run(*draw(2, 8, 65))
-    x0, x, u, v, bias = draw(2, 8, 4)
+        run(*cross_inputs(2, 8, 65))
+    x0, x, u, v, bias = cross_inputs(2, 8, 4)
     with pytest.raises(ValueError, match=r"v has shape \(4, 8\); .* it must be \(8, 4\)"):
         run(x0, x, u, v.t(), bias)
     with pytest.raises(TypeError, match="v has dtype torch.float16, x0 has torch.float32"):
