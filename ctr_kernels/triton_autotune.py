@@ -34,7 +34,7 @@ def launch_choice(key: Key, default: Choice, candidates: Iterable[Choice], run: 
 
     Args:
         key: printed as it is.
-        run: launches the kernel with a choice; called many times, so it must not accumulate.
+        run: launches the kernel with a choice; called many times, so it must leave nothing behind.
         timer: milliseconds of a call; None is `triton.testing.do_bench`, which needs a GPU.
 
     A candidate that the GPU has no room for, or that ptxas cannot compile, is left out. Raises RuntimeError while a

@@ -3,6 +3,7 @@
 import ast
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 
-from ctr_kernels import TransformerLayer, ffn, field_attention, field_tokens, low_rank_cross
+from ctr_kernels import (
+    EmbeddingTable,
+    SparseLazyAdam,
+    SparseSGD,
+    TransformerLayer,
+    ffn,
+    field_attention,
+    field_tokens,
+    low_rank_cross,
+)
 
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
@@ -87,7 +97,7 @@ def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 9)
+    run_in_the_interpreter(__file__, 11)
 
 
 def inputs(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -121,13 +131,33 @@ def tokens() -> tuple[torch.Tensor, list[torch.Tensor]]:
     return field_tokens(leaves[0], torch.arange(6).view(3, 2), *leaves[1:], None, kernels="triton"), leaves
 
 
+def both_ways(compute: Callable[[], tuple[torch.Tensor, list[torch.Tensor]]]) -> list[torch.Tensor]:
+    """The output and its gradients."""
+    out, leaves = compute()
+    return [out.detach(), *(g.to_dense() for g in torch.autograd.grad(out.cos().sum(), leaves))]
+
+
+def updated(kind: type[torch.optim.Optimizer], width: int) -> list[torch.Tensor]:
+    """A table after two steps on skewed ids, and the state of its optimizer."""
+    torch.manual_seed(0)
+    table = EmbeddingTable(30, width, std=1.0, kernels="triton")
+    optimizer = kind(table.parameters(), lr=0.1, kernels="triton")
+    for _ in range(2):
+        table((torch.rand(90) ** 4 * 30).long()).backward(torch.randn(90, width))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [table.weight.detach(), *optimizer.state[table.weight].values()]
+
+
 # What it computes, and how many kinds of launch it has by operation.
-SEARCHED: dict[str, tuple[Callable[[], tuple[torch.Tensor, list[torch.Tensor]]], dict[str, int]]] = {
-    "attention": (attend, {"attention": 2}),
-    "ffn": (feed_forward, {"ffn": 3}),
-    "layer": (layer, {"attention": 2, "ffn": 3, "layer": 6}),
-    "cross": (cross, {"cross": 3}),
-    "tokenizer": (tokens, {"tokenizer": 2}),
+SEARCHED: dict[str, tuple[Callable[[], list[torch.Tensor]], dict[str, int]]] = {
+    "attention": (partial(both_ways, attend), {"attention": 2}),
+    "ffn": (partial(both_ways, feed_forward), {"ffn": 3}),
+    "layer": (partial(both_ways, layer), {"attention": 2, "ffn": 3, "layer": 6}),
+    "cross": (partial(both_ways, cross), {"cross": 3}),
+    "tokenizer": (partial(both_ways, tokens), {"tokenizer": 2}),
+    "rows, SGD": (partial(updated, SparseSGD, 13), {"sparse_update": 1}),
+    "rows, Adam": (partial(updated, SparseLazyAdam, 40), {"sparse_update": 1}),
 }
 
 
@@ -136,12 +166,7 @@ SEARCHED: dict[str, tuple[Callable[[], tuple[torch.Tensor, list[torch.Tensor]]],
 def test_a_search_runs_every_candidate_and_prints_lines_for_the_table(name: str, monkeypatch: pytest.MonkeyPatch,
                                                                       capsys) -> None:
     """Each candidate takes longer than the one tried after it: the last, which is not the table's, is the fastest."""
-    compute, kinds = SEARCHED[name]
-
-    def results() -> list[torch.Tensor]:
-        out, leaves = compute()
-        return [out.detach(), *(g.to_dense() for g in torch.autograd.grad(out.cos().sum(), leaves))]
-
+    results, kinds = SEARCHED[name]
     expected, tried = results(), []
 
     def milliseconds(run: Callable[[], object]) -> float:
