@@ -32,6 +32,13 @@ class CTRModel(nn.Module):
             if isinstance(module, EmbeddingTable):
                 module.store_as(dtype)
 
+    def scale_logits(self, factor: float) -> None:
+        """Multiply every logit by a number from now on, in the last layers, whose sum the logit is."""
+        with torch.no_grad():
+            for head in (module for module in self.modules() if isinstance(module, LogitLinear)):
+                head.weight.mul_(factor)
+                head.bias.mul_(factor)
+
     def shift_logits(self, shift: float) -> None:
         """Add a number to every logit from now on, in the bias of a last layer."""
         head = next(module for module in self.modules() if isinstance(module, LogitLinear))

@@ -15,7 +15,7 @@ from .files import atomic_path
 from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
-VERSION = 3
+VERSION = 4
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 

@@ -57,6 +57,8 @@ NAME = "ctr-train"
 @click.option("--patience", type=int, help="Stop after so many evaluations without a better logloss; 0: never.")
 @click.option("--ema", type=float, help="Decay of a moving average of the weights outside the tables, with which the "
               "model is evaluated; 0: none.")
+@click.option("--temperature", type=float, help="What the logits are divided by at the end; above 1 for a model "
+              "that is too sure.")
 @click.option("--calibration-rows", type=int, help="Last training rows on which the mean prediction is set to the "
               "click rate at the end; 0: none.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of weights, dropout and the order of rows.  "

@@ -102,7 +102,7 @@ class Trainer:
                 while (outcome := self._outcome(interrupt)) is None:
                     self._train_step(next(batches))
                     self._report(progress)
-                    if self.step == self.total_steps and self.config["calibration_rows"]:
+                    if self.step == self.total_steps:
                         self._calibrate(progress)
                     if self._evaluates_now():
                         self._evaluate(progress)
@@ -186,8 +186,13 @@ class Trainer:
         self._interval_started += time.perf_counter() - started
 
     def _calibrate(self, progress: TrainingProgress) -> None:
-        """Move the bias of the logits by the last training rows."""
+        """Divide the logits by the temperature, then move their bias by the last training rows, as far as asked for."""
         self._check_finite()
+        if self.config["temperature"] != 1.0:
+            with self.averaged():
+                self.model.scale_logits(1.0 / self.config["temperature"])
+        if not self.config["calibration_rows"]:
+            return
         train = self.loader.split
         rows = train.part(max(0, train.rows - self.config["calibration_rows"]), train.rows)
         with self._not_counted(), self.averaged():

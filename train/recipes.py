@@ -29,8 +29,9 @@ class Recipe:
             weights are the result.
         patience: stop after that many evaluations without a better logloss; 0: never.
         ema: decay of the moving average of the weights outside the tables that the run is evaluated with; 0: none.
-        calibration_rows: after the last step the logit's bias is moved until the mean prediction on that many
-            training rows, the last ones, is their click rate; 0: not at all.
+        temperature: after the last step the logits are divided by it; 1: as they are.
+        calibration_rows: then the logit's bias is moved until the mean prediction on that many training rows, the last
+            ones, is their click rate; 0: not at all.
         by_model: values that differ for a model, {"ft": {"lr": ...}}.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     eval_every: int = 0
     patience: int = 0
     ema: float = 0.0
+    temperature: float = 1.0
     calibration_rows: int = 0
     by_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -71,7 +73,7 @@ RECIPES: dict[str, Recipe] = {
     # Up to a few million rows, prepared with --history --min-count 10. Two passes, in which the history teaches and the
     # rows of the tables can hardly learn single rows by heart: they move slowly, and a fifth of them is left out.
     "small": Recipe(epochs=2, batch_size=512, lr=4e-3, embedding_lr=0.005, schedule="linear", warmup=0.1, dropout=0.3,
-                    embedding_dropout=0.2, numeric="affine", calibration_rows=1_000_000,
+                    embedding_dropout=0.2, numeric="affine", temperature=1.06, calibration_rows=1_000_000,
                     by_model={"autoint": {"shortcut": "cross"},
                               "ft": {"lr": 2e-3, "shortcut": "cross", "pooling": "mean"}}),
     # The 45 million rows of Criteo in one pass: reasoned from the others, not measured. Rows come often enough for a
@@ -112,7 +114,7 @@ def _check(values: Mapping[str, Any]) -> None:
         "epochs": (1, None), "batch_size": (1, None), "steps_per_epoch": (1, None), "lr": (0.0, None),
         "embedding_lr": (0.0, None), "weight_decay": (0.0, None), "embedding_weight_decay": (0.0, None),
         "warmup": (0.0, None), "eval_every": (0, None), "patience": (0, None), "calibration_rows": (0, None),
-        "ema": (0.0, 1.0), "dropout": (0.0, 1.0), "embedding_dropout": (0.0, 1.0),
+        "temperature": (0.01, None), "ema": (0.0, 1.0), "dropout": (0.0, 1.0), "embedding_dropout": (0.0, 1.0),
     }
     for key, (low, high) in ranges.items():
         value = values[key]

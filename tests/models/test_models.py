@@ -64,6 +64,15 @@ def test_a_shift_moves_every_logit_by_as_much(case, make_batch):
     torch.testing.assert_close(model(*batch), before + 0.25)
 
 
+def test_a_scale_multiplies_every_logit(case, make_batch):
+    build, _ = case
+    model = build().eval()
+    batch = make_batch(5)
+    before = model(*batch)
+    model.scale_logits(0.5)
+    torch.testing.assert_close(model(*batch), before / 2)
+
+
 def test_a_row_does_not_depend_on_the_others(case, make_batch):
     build, _ = case
     model = build(embedding_std=1.0).double().eval()

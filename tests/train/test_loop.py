@@ -10,7 +10,7 @@ import torch
 from ctr_train import loop
 from ctr_train.checkpoint import load_checkpoint, scored_weights
 from ctr_train.errors import UserError
-from ctr_train.evaluate import evaluate
+from ctr_train.evaluate import evaluate, labels_of, predict
 from ctr_train.loop import Trainer
 from ctr_train.runlog import read_log
 
@@ -98,8 +98,26 @@ def test_a_finished_run_is_calibrated_on_its_last_training_rows(make_trainer, tm
     assert changed == ["head.bias"]
 
 
+@pytest.mark.parametrize("rows", [0, 300])
+def test_the_temperature_divides_the_logits_before_the_calibration(make_trainer, rows):
+    logits = []
+    for name, temperature in (("as it is", 1.0), ("hot", 2.0)):
+        trainer, stop = make_trainer(name, model="ft", shortcut="mlp", steps=5, calibration_rows=rows,
+                                     temperature=temperature)
+        trainer.train(stop)
+        part = trainer.loader.split.part(trainer.loader.split.rows - 300, trainer.loader.split.rows)
+        logits.append(torch.from_numpy(predict(trainer.model, part, batch_size=64, device="cpu", precision="fp32")))
+    plain, hot = logits
+    shift = hot - plain / 2
+    torch.testing.assert_close(shift, shift.mean().expand(300), rtol=0, atol=1e-6)
+    assert shift.mean().abs() > 1e-3 if rows else shift.mean().abs() < 1e-6
+    if rows:
+        assert hot.sigmoid().mean().item() == pytest.approx(float(labels_of(part).mean()), abs=1e-6)
+
+
 def test_the_average_is_that_of_the_formula_and_what_is_evaluated(make_trainer, tmp_path):
-    trainer, stop = make_trainer("run", model="dcnv2", steps=4, ema=0.75, calibration_rows=300, eval_every=4)
+    trainer, stop = make_trainer("run", model="dcnv2", steps=4, ema=0.75, temperature=2.0, calibration_rows=300,
+                                 eval_every=4)
     expected = {name: p.detach().double() for name, p in trainer.model.named_parameters() if "embedding" not in name}
     take = trainer._update
 
@@ -115,6 +133,8 @@ def test_the_average_is_that_of_the_formula_and_what_is_evaluated(make_trainer, 
     content = load_checkpoint(tmp_path / "run" / "last.pt")
     assert content["average"].keys() == expected.keys()
     for name, mean in content["average"].items():
+        if name == "head.weight":
+            mean = 2 * mean  # the temperature divided it
         if name != "head.bias":  # which the calibration moved
             torch.testing.assert_close(mean.double(), expected[name], rtol=1e-6, atol=1e-7)
             assert not torch.equal(mean, content["model"][name])

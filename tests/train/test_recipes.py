@@ -20,7 +20,7 @@ def test_baseline_v1_is_the_studys():
         "embedding_lr": 0.01, "embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "embedding_dtype": "fp32",
         "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "embedding_dropout": 0.0, "pooling": "cls",
         "shortcut": "none", "variant": "study", "tables": "shared", "numeric": None, "precision": "fp32",
-        "eval_every": 0, "patience": 0, "ema": 0.0, "calibration_rows": 0,
+        "eval_every": 0, "patience": 0, "ema": 0.0, "temperature": 1.0, "calibration_rows": 0,
     }
 
 
@@ -47,6 +47,7 @@ def test_every_recipe_is_within_range_for_every_model(name, model):
     ({"weight_decay": -0.1}, "--weight-decay -0.1"), ({"warmup": -1.0}, "--warmup -1.0"),
     ({"steps_per_epoch": 0}, "--steps-per-epoch 0"), ({"eval_every": -1}, "--eval-every -1"),
     ({"ema": 1.0}, "--ema 1.0: below 1 is needed"),
+    ({"temperature": 0.0}, "--temperature 0.0: at least 0.01 and finite is needed"),
     ({"calibration_rows": -1}, "--calibration-rows -1: at least 0"),
     ({"embedding_weight_decay": -1.0}, "--embedding-weight-decay -1.0: at least 0.0"),
     ({"embedding_lr": 0.5, "embedding_weight_decay": 2.0}, "--embedding-weight-decay 2.0: times the embeddings' "),
