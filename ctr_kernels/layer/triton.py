@@ -53,6 +53,7 @@ TILES: dict[tuple[str, int], tuple[Tile, Tile, Tile]] = {
 }
 TILES["tf32", 90] = (Tile(64, 64, 8), Tile(64, 64, 8), Tile(32, 32, 8))  # with 64 outputs all loads are of 4 bytes
 TILES["tf32", 100] = TILES["tf32", 90]
+TILES["tf32x3", 80] = (Tile(64, 64, 8), Tile(32, 64, 8), Tile(32, 64, 8))  # with 64 tokens triton 3.6 spills
 MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multiprocessor
 
 
