@@ -8,22 +8,6 @@
 namespace ctr {
 namespace {
 
-const float* floats(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
-  check_shape(t, shape, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-// to[c * pitch + r] = from[r * from_pitch + c] for r < rows, c < columns, in blocks that stay in the cache.
-void transpose_into(const float* from, int64_t rows, int64_t columns, int64_t from_pitch, float* to, int64_t pitch) {
-  constexpr int64_t kBlock = 32;
-  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
-    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
-      for (int64_t c = c0; c < columns && c < c0 + kBlock; ++c)
-        for (int64_t r = r0; r < rows && r < r0 + kBlock; ++r) to[c * pitch + r] = from[r * from_pitch + c];
-}
-
 // A matrix [rows, columns] with zeros to [padded_rows, pitch]: itself where it has that size, else a copy, or the
 // transposed [columns, rows].
 class Padded {

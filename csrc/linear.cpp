@@ -23,14 +23,6 @@ LinearArgs linear_args(const Tensor& x, const NormArgs& norm, const Tensor& weig
   return args;
 }
 
-// A [tokens, width] operand that goes with x.
-const float* rows_of(const Tensor& t, int64_t tokens, int64_t width, const char* name) {
-  check_type(t, ScalarType::Float, name);
-  check_shape(t, {tokens, width}, name);
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
 }  // namespace
 
 Tensor linear(const Tensor& x, const NormArgs& norm, const Tensor& weight, const Tensor& bias,
@@ -38,11 +30,10 @@ Tensor linear(const Tensor& x, const NormArgs& norm, const Tensor& weight, const
   LinearArgs args = linear_args(x, norm, weight);
   check_type(bias, ScalarType::Float, "bias");
   check_shape(bias, {args.out}, "bias");
-  if (residual != nullptr) args.residual = rows_of(*residual, args.tokens, args.out, "residual");
+  if (residual != nullptr) args.residual = floats(*residual, {args.tokens, args.out}, "residual");
   const float* w = static_cast<const float*>(weight.const_data_ptr());
   std::vector<float> transposed(args.in * args.out);
-  for (int64_t o = 0; o < args.out; ++o)
-    for (int64_t i = 0; i < args.in; ++i) transposed[i * args.out + o] = w[o * args.in + i];
+  transpose_into(w, args.out, args.in, args.in, transposed.data(), args.out);
   const Tensor bias_row = torch::stable::contiguous(bias);
   Tensor y = new_output({args.tokens, args.out}, ScalarType::Float);
   args.weight = transposed.data();
@@ -61,8 +52,8 @@ LinearGradientTensors linear_backward(const Tensor& grad_out, const Tensor& x, c
                                       const Tensor& weight, const Tensor* grad_residual) {
   constexpr int64_t kTasks = 32;
   LinearArgs args = linear_args(x, norm, weight);
-  args.y = const_cast<float*>(rows_of(grad_out, args.tokens, args.out, "grad_out"));
-  if (grad_residual != nullptr) args.residual = rows_of(*grad_residual, args.tokens, args.in, "grad_residual");
+  args.y = const_cast<float*>(floats(grad_out, {args.tokens, args.out}, "grad_out"));
+  if (grad_residual != nullptr) args.residual = floats(*grad_residual, {args.tokens, args.in}, "grad_residual");
   Tensor grad_x = new_output({args.tokens, args.in}, ScalarType::Float);
   args.weight = static_cast<const float*>(weight.const_data_ptr());
   args.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());

@@ -38,6 +38,23 @@ inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, c
   }
 }
 
+// The elements of a contiguous float32 tensor of that shape.
+inline const float* floats(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  check_shape(t, shape, name);
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// to[c * pitch + r] = from[r * from_pitch + c] for r < rows, c < columns, in blocks that stay in the cache.
+inline void transpose_into(const float* from, int64_t rows, int64_t columns, int64_t from_pitch, float* to, int64_t pitch) {
+  constexpr int64_t kBlock = 32;
+  for (int64_t c0 = 0; c0 < columns; c0 += kBlock)
+    for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
+      for (int64_t c = c0; c < columns && c < c0 + kBlock; ++c)
+        for (int64_t r = r0; r < rows && r < r0 + kBlock; ++r) to[c * pitch + r] = from[r * from_pitch + c];
+}
+
 inline DropoutArgs dropout_args(double p, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout_p=", p, " is outside [0, 1)");
   if (p == 0.0) return {0, 0, 1.0f};
@@ -48,12 +65,7 @@ inline DropoutArgs dropout_args(double p, const std::optional<Tensor>& seed) {
 }
 
 inline NormArgs norm_args(const Tensor& gamma, const Tensor& beta, double eps, int64_t width) {
-  for (const Tensor* t : {&gamma, &beta}) {
-    check_type(*t, ScalarType::Float, "a weight of the norm");
-    check_shape(*t, {width}, "a weight of the norm");
-    STD_TORCH_CHECK(t->is_contiguous(), "the weights of the norm must be contiguous");
-  }
-  return {static_cast<const float*>(gamma.const_data_ptr()), static_cast<const float*>(beta.const_data_ptr()),
+  return {floats(gamma, {width}, "the norm's weight"), floats(beta, {width}, "the norm's bias"),
           static_cast<float>(eps)};
 }
 
