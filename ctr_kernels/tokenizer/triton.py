@@ -174,15 +174,14 @@ def _backward(grad: torch.Tensor, dense: torch.Tensor, fields: int, head: int) -
     def run(launch: Launch) -> torch.Tensor:
         programs = min(PROGRAMS * processors, triton.cdiv(batch, launch.samples))
         partial = torch.empty(programs, (head + features) * dim, dtype=torch.float32, device=grad.device)
-        if batch:
-            with torch.cuda.device_of(grad):
-                _backward_kernel[(programs,)](
-                    grad, dense, rows, partial, batch, BLOCK_T=key[2], HEAD=head, num_warps=launch.warps,
-                    **_constants(fields, features, dim, key[3], tokens - fields, launch))
+        with torch.cuda.device_of(grad):
+            _backward_kernel[(programs,)](
+                grad, dense, rows, partial, batch, BLOCK_T=key[2], HEAD=head, num_warps=launch.warps,
+                **_constants(fields, features, dim, key[3], tokens - fields, launch))
         return partial.sum(0)
 
-    launch = _choice(key, run) if batch else TABLE[key[2] * key[3]]
-    sums, grad_weight = run(launch).split((head * dim, dim * features))
+    flat = run(_choice(key, run)) if batch else grad.new_zeros((head + features) * dim, dtype=torch.float32)
+    sums, grad_weight = flat.split((head * dim, dim * features))
     return rows, sums.view(head, dim), grad_weight.view(dim, features)
 
 
