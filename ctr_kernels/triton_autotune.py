@@ -37,7 +37,7 @@ def launch_choice(key: Key, default: Choice, candidates: Iterable[Choice], run: 
         run: launches the kernel with a choice; called many times, so it must leave nothing behind.
         timer: milliseconds of a call; None is `triton.testing.do_bench`, which needs a GPU.
 
-    A candidate that the GPU has no room for, or that ptxas cannot compile, is left out. Raises RuntimeError while a
+    A candidate that the GPU has no room for, or that cannot be compiled, is left out. Raises RuntimeError while a
     CUDA graph is captured.
     """
     default = table_choice(key, default)
@@ -62,6 +62,10 @@ def _search(key: Key, default: Choice, candidates: Iterable[Choice], run: Callab
         try:
             times[choice] = timer(partial(run, choice))
         except (OutOfResources, PTXASError):
+            times[choice] = math.inf
+        except RuntimeError as error:
+            if "PassManager" not in str(error):  # what MLIR says of code that it cannot lower
+                raise
             times[choice] = math.inf
     best = min(times, key=times.__getitem__)
     if math.isinf(times[best]):

@@ -6,6 +6,7 @@ Triton's interpreter, and calls a step again where a GPU replays a graph.
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -13,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class Training:
         self.model.to(scale.device)
         self.optimizers = optimizers_of(self.model, kernels)
         self.schedulers = make_schedulers(self.optimizers, schedule, 0.1 if schedule == "cosine" else 0, scale.steps)
-        self.plain = lambda batch: update(self.model, self.optimizers, batch, precision=precision)
+        self.plain = partial(update, self.model, self.optimizers, precision=precision)  # no cycle: `del` frees it all
         self.step = self.plain
         if graph:
             recorder = CudaRecorder(scale.device) if scale.is_gpu else Rerun()
@@ -165,15 +167,16 @@ def peak_memory(scale: Scale) -> dict[str, float]:
     found = {}
     for precision in ("fp32", "bf16"):
         for graph in (False, True):
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             training = Training(scale, "triton", graph=graph, precision=precision)
             training.run(WARM_UPS + 4)
             torch.cuda.synchronize()
             name = f"{precision} {'graph' if graph else 'launches'}"
             found[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
-            found[f"{name}, reserved"] = torch.cuda.memory_reserved() / 1e6
+            found[f"{name}, reserved"] = (torch.cuda.memory_reserved() - reserved) / 1e6
             found["table"] = training.model.embedding_parameters()[0].nbytes / 1e6
             del training
     return found

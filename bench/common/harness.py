@@ -338,11 +338,12 @@ def _cpu_round(functions: dict[str, Callable[[], Any]], device: torch.device) ->
 
 def _cuda_round(functions: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """As `_cpu_round`; the flush before each call also gives the host time to launch it ahead."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    flush, clean = (torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=device) for _ in range(2))
     events = {}
     for name, function in functions.items():
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
+        clean.sum()  # what is read last must not be written back while the function runs
         start.record()
         function()
         stop.record()

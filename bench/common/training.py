@@ -20,11 +20,16 @@ def optimizers_of(model: CTRModel, tables: str, kernels: str) -> list[torch.opti
     """
     if tables == "rows":
         return [SparseSGD(model.embedding_parameters(), lr=0.01, kernels=kernels),
-                torch.optim.AdamW(model.dense_parameter_groups(WEIGHT_DECAY), lr=1e-3)]
+                torch.optim.AdamW(model.dense_parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=_on_cuda(model) or None)]
     for module in model.modules():
         if isinstance(module, EmbeddingTable):
             module.forward = functools.partial(F.embedding, weight=module.weight)
-    return [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=WEIGHT_DECAY)]
+    return [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=WEIGHT_DECAY, fused=_on_cuda(model) or None)]
+
+
+def _on_cuda(model: CTRModel) -> bool:
+    """Where the rivals too get the fused AdamW."""
+    return next(model.parameters()).device.type == "cuda"
 
 
 def training_step(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], compiled: bool,

@@ -88,7 +88,7 @@ def attention(s: Settings) -> Iterator[Group]:
     yield Group("field_attention", "forward", s.shape, {name: forward(f, [qkv]) for name, f in everyone.items()},
                 flops, 4 * tensor)
     yield Group("field_attention", "forward+backward", s.shape,
-                {name: forward_backward(f, [qkv], grad) for name, f in everyone.items()}, 3.5 * flops, 12 * tensor)
+                {name: forward_backward(f, [qkv], grad) for name, f in everyone.items()}, 3.5 * flops, 11 * tensor)
 
 
 def feed_forward(s: Settings) -> Iterator[Group]:

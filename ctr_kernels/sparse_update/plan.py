@@ -24,9 +24,12 @@ class Plan(NamedTuple):
     done: torch.cuda.Event | None  # None: on a CPU
 
     def join(self) -> None:
-        """Let the current stream wait for the sort."""
+        """Let the current stream wait for the sort, and the sort's memory for the current stream."""
         if self.done is not None:
-            torch.cuda.current_stream(self.ids.device).wait_event(self.done)
+            stream = torch.cuda.current_stream(self.ids.device)
+            stream.wait_event(self.done)
+            self.sorted_ids.record_stream(stream)
+            self.order.record_stream(stream)
 
 
 def sort_ids(ids: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

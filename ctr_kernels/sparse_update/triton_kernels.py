@@ -38,7 +38,7 @@ def _rounded(values, dtype: tl.constexpr, ids, which, num_rows, key, DIM: tl.con
     A Philox call yields the 8 halves of 8 neighbouring columns, which a thread holds as 16 bytes of bf16.
     """
     if dtype == tl.bfloat16:
-        counter = ((which * num_rows + ids.to(tl.int64)) * ((DIM + 7) // 8))[:, None]
+        counter = ((which * tl.cast(num_rows, tl.int64) + ids.to(tl.int64)) * ((DIM + 7) // 8))[:, None]
         w0, w1, w2, w3 = philox(key, counter + tl.arange(0, BLOCK_D // 8)[None, :])
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [R, BLOCK_D / 8, 2, 2]: w0, w1, w2, w3
         noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), values.shape).to(tl.int32, bitcast=True)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from ..sparse_update.plan import Plan, start_plan
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
 
@@ -189,23 +190,26 @@ class _Tokens(torch.autograd.Function):
     """Keeps the ids and the numeric part; the table's gradient is a sparse COO tensor of (ids, rows)."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_weight: torch.Tensor,
-                dense_bias: torch.Tensor, cls: torch.Tensor | None, field_bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(ids, dense, dense_weight)
-        ctx.table, ctx.biased = weight.shape, field_bias is not None
+    def forward(ctx: Any, indices: torch.Tensor, plan: Plan | None, weight: torch.Tensor, ids: torch.Tensor,
+                dense: torch.Tensor, dense_weight: torch.Tensor, dense_bias: torch.Tensor, cls: torch.Tensor | None,
+                field_bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(indices, dense, dense_weight)
+        ctx.table, ctx.fields, ctx.biased, ctx.plan = weight.shape, ids.shape[1], field_bias is not None, plan
         return _forward(weight, ids, dense, dense_weight, dense_bias, cls, field_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ids, dense, dense_weight = ctx.saved_tensors
-        fields = ids.shape[1]
+        indices, dense, dense_weight = ctx.saved_tensors
+        fields = ctx.fields
         first = grad.shape[1] - fields
+        if ctx.plan is not None:
+            ctx.plan.join()
         rows, sums, grad_weight = _backward(grad.contiguous(), dense, fields, first + fields * ctx.biased)
-        table = torch.sparse_coo_tensor(ids.reshape(1, -1).long(), rows, ctx.table, check_invariants=False)
+        table = torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False)
         grad_dense = grad[:, first - 1] @ dense_weight if ctx.needs_input_grad[2] else None
         sums = sums.to(grad.dtype)
-        return (table, None, grad_dense, grad_weight.to(grad.dtype), sums[first - 1], sums[0] if first == 2 else None,
+        return (None, None, table, None, grad_dense, grad_weight.to(grad.dtype), sums[first - 1], sums[0] if first == 2 else None,
                 sums[first:] if ctx.biased else None)
 
 
@@ -213,10 +217,15 @@ class _Tokens(torch.autograd.Function):
 def field_tokens_triton(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_weight: torch.Tensor,
                         dense_bias: torch.Tensor, cls: torch.Tensor | None,
                         field_bias: torch.Tensor | None) -> torch.Tensor:
-    """[B, T, D], fp32, bf16 or fp16; the ids and the numeric part are all that backward keeps."""
+    """[B, T, D], fp32, bf16 or fp16; the ids and the numeric part are all that backward keeps.
+
+    The sort of the ids, for the row update, begins here: see sparse_update/plan.py.
+    """
+    indices = ids.reshape(1, -1).long()
+    plan = start_plan(weight, indices) if weight.requires_grad and torch.is_grad_enabled() else None
     tensors = (None if t is None else t.contiguous()
                for t in (weight, ids, dense, dense_weight, dense_bias, cls, field_bias))
-    return _Tokens.apply(*tensors)
+    return _Tokens.apply(indices, plan, *tensors)
 
 
 def aot_specs() -> list[Spec]:

@@ -6,17 +6,19 @@ from parity import assert_parity
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
-from ctr_kernels import field_tokens
+from ctr_kernels import SparseSGD, field_tokens
+from ctr_kernels.sparse_update.plan import sort_ids
 from ctr_kernels.tokenizer.reference import field_tokens_reference
 from ctr_models import FTTransformer
 
 pytest.importorskip("triton")
+from ctr_kernels.sparse_update import triton as row_updates  # noqa: E402
 from ctr_kernels.tokenizer import triton as kernels  # noqa: E402
 
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 13)
+    run_in_the_interpreter(__file__, 16)
 
 
 def draw(batch: int, fields: int, features: int, dim: int, with_cls: bool, biased: bool,
@@ -84,6 +86,22 @@ def test_an_id_outside_the_table_is_named_or_becomes_nan() -> None:
         field_tokens(tensors[0], ids, *tensors[1:], kernels="triton")
     out = kernels._forward(tensors[0], ids, *tensors[1:])  # as on a GPU, where nothing waits for a check
     assert out[1, 4].isnan().all() and out.isnan().sum() == 16
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_ids_are_sorted_at_the_lookup_for_the_update(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    weight, ids = torch.nn.Parameter(torch.randn(9, 16)), torch.randint(9, (3, 4), dtype=dtype)
+    before, grad = weight.detach().clone(), torch.randn(3, 5, 16)
+    sorts = []
+    monkeypatch.setattr(row_updates, "sort_ids", lambda *of: sorts.append(of) or sort_ids(*of))  # the update's own
+    tokens = field_tokens(weight, ids, torch.randn(3, 2), torch.randn(16, 2), torch.randn(16), None, kernels="triton")
+    tokens.backward(grad)
+    SparseSGD([weight], lr=0.5, kernels="triton").step()
+    before.index_add_(0, ids.flatten(), grad[:, 1:].reshape(-1, 16), alpha=-0.5)
+    torch.testing.assert_close(weight.detach(), before)
+    assert sorts == []
 
 
 @interpreted
