@@ -65,7 +65,10 @@ def providers(heads: int) -> dict[str, Attention]:
 
 
 def measure(s: Settings, floors: Floors) -> list[Row]:
-    """Forward, and forward + backward, of one size. The floor: q, k, v, out; backward q, k, v, three gradients, that of out."""
+    """Forward, and forward + backward, of one size.
+
+    The floor counts q, k, v and out; and for backward q, k, v, the gradient of out and the three gradients.
+    """
     qkv = torch.randn(s.batch, s.fields, 3 * s.dim, device=s.device).to(s.dtype)
     grad = torch.randn(s.batch, s.fields, s.dim, device=s.device).to(s.dtype)
     everyone = providers(s.heads)
