@@ -1,6 +1,6 @@
 """`make gpu`: everything that needs an NVIDIA GPU, in one call that ends within ten minutes, network or not.
 
-Correctness first, four processes side by side: the build from a copy of the tree, parity at full size, and the
+Correctness first, five processes side by side: the build from a copy of the tree, parity at full size, and the
 kernels under compute-sanitizer. Then, one at a time: the training step as a CUDA graph, and the timings. A part that
 fails or runs out of time costs the others nothing. After each part gpu.json and gpu.md are written anew under $OUT
 (default: out/); gpu.log has what the parts printed. The last thing printed is a table of the bars and what was found.
@@ -30,19 +30,20 @@ SPEED = ("bench/on_gpu/speed.py",)
 BESIDE = {
     "build": (("bench/on_gpu/build.py",), 170),
     "parity": ((*CHECKS, "--group", "parity"), 170),
+    "parity others": ((*CHECKS, "--group", "parity others"), 170),
     "memcheck": ((*CHECKS, "--group", "launches", "--tiny"), 150),
     "racecheck": ((*CHECKS, "--group", "launches", "--tiny"), 150),
 }
 ALONE = {
     "tuning": ((*CHECKS, "--group", "tuning"), 36_000),  # with --autotune alone, which may take --seconds
     "training": ((*CHECKS, "--group", "training"), 120),
+    "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 100),
+    "speed step bf16": ((*SPEED, "--group", "step", "--dtype", "bf16"), 75),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
     "speed attention fp32": ((*SPEED, "--group", "attention", "--dtype", "fp32"), 75),
     "speed sparse_update": ((*SPEED, "--group", "sparse_update"), 50),
     "speed ffn fp32": ((*SPEED, "--group", "ffn", "--dtype", "fp32"), 60),
-    "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 90),
     "speed ffn bf16": ((*SPEED, "--group", "ffn", "--dtype", "bf16"), 60),
-    "speed step bf16": ((*SPEED, "--group", "step", "--dtype", "bf16"), 75),
     "speed layer fp32": ((*SPEED, "--group", "layer", "--dtype", "fp32"), 60),
     "speed layer bf16": ((*SPEED, "--group", "layer", "--dtype", "bf16"), 60),
 }

@@ -3,11 +3,12 @@
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gpu_parity import DENSE, FIELDS, Scale, arithmetic
+from gpu_parity import DENSE, DTYPES, FIELDS, Scale, arithmetic
 from parity import ffn_inputs
 from torch import nn
 
@@ -49,21 +50,16 @@ def optimizers_of(model: nn.Module, kernels: str) -> list[torch.optim.Optimizer]
                            weight_decay=0.01, kernels=kernels)
 
 
-def launches(scale: Scale) -> None:
-    """Every kernel at small shapes and nothing else: what a memory checker watches."""
-    launch_all(scale, [(1, 64), (2, 28), (3, 27)] if scale.is_gpu else [(1, 27)], {})
-
-
 def tuning(scale: Scale) -> None:
     """Every kernel at the shapes of training, those of the recipe `small` too: with CTR_KERNELS_AUTOTUNE=1 this prints
     lines for the launch tables. A rehearsal times one call of each candidate, for what that is worth."""
     shortcut = {"numeric": "affine", "shortcut": "cross"}
-    if scale.is_gpu:
-        launch_all(scale, [(scale.batch, 27), (scale.batch, 28)],
-                   {"dcnv2": {"numeric": "affine"}, "autoint": shortcut, "ft": shortcut})
-    else:
-        with patch("ctr_kernels.triton_autotune._milliseconds", one_call):
-            launch_all(scale, [(1, 27)], {})
+    variants = {"dcnv2": {"numeric": "affine"}, "autoint": shortcut, "ft": shortcut}
+    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_autotune._milliseconds", one_call):
+        update_rows(scale, scale.batch)  # before the models, whose tables are tiny: their launches are chosen here
+        for precision in scale.choose(list(DTYPES)):
+            run_kernels(scale, precision, [(scale.batch, 27), (scale.batch, 28)])
+        run_models(scale, scale.batch, variants if scale.is_gpu else {})
 
 
 def one_call(run: Callable[[], object]) -> float:
@@ -86,26 +82,38 @@ def update_rows(scale: Scale, batch: int) -> None:
         assert table.weight.isfinite().all()
 
 
-def launch_all(scale: Scale, shapes: list[tuple[int, int]], variants: dict[str, dict[str, str]]) -> None:
-    """Every kernel both ways at (batch, fields), in each arithmetic; steps of the models, and of their variants."""
-    update_rows(scale, shapes[-1][0])  # before the models, whose tables are tiny: their launches are chosen here
-    for precision in scale.choose(["fp32", "tf32", "bf16", "fp16"]):
-        with arithmetic(precision, scale) as dtype:
-            for batch, fields in shapes:
-                layer = LAYERS["ft" if fields == 28 else "autoint"]  # 28 with FT-Transformer's CLS token
-                module = TransformerLayer(64, 4, **layer, dropout=0.1, kernels="triton").to(scale.device, dtype)
-                x = torch.randn(batch, fields, 64).to(scale.device, dtype).requires_grad_()
-                module(x).backward(torch.randn(batch, fields, 64).to(scale.device, dtype))
-                assert x.grad.isfinite().all()
-                q, k, v = torch.randn(batch, fields, 192).to(scale.device, dtype).chunk(3, dim=-1)
-                assert field_attention(q, k, v, num_heads=8, kernels="triton").isfinite().all()
-                y = ffn(*(t.to(scale.device) for t in ffn_inputs(batch * fields, 20, 24, dtype)), kernels="triton")
-                assert y.isfinite().all()
-    models = MODELS if scale.is_gpu else ("dcnv2",)
-    forms = [(name, form) for name in models for form in ({}, variants.get(name)) if form is not None]
-    for name, form in forms:
-        model = MODELS[name](num_embeddings=100, kernels="triton", **form).to(scale.device)
+def run_kernels(scale: Scale, precision: str, shapes: list[tuple[int, int]]) -> None:
+    """Layer, attention and FFN both ways at (batch, fields)."""
+    with arithmetic(precision, scale) as dtype:
+        for batch, fields in scale.choose(shapes):
+            layer = LAYERS["ft" if fields == 28 else "autoint"]  # 28 with FT-Transformer's CLS token
+            module = TransformerLayer(64, 4, **layer, dropout=0.1, kernels="triton").to(scale.device, dtype)
+            x = torch.randn(batch, fields, 64).to(scale.device, dtype).requires_grad_()
+            module(x).backward(torch.randn(batch, fields, 64).to(scale.device, dtype))
+            assert x.grad.isfinite().all()
+            q, k, v = torch.randn(batch, fields, 192).to(scale.device, dtype).chunk(3, dim=-1)
+            assert field_attention(q, k, v, num_heads=8, kernels="triton").isfinite().all()
+            y = ffn(*(t.to(scale.device) for t in ffn_inputs(batch * fields, 20, 24, dtype)), kernels="triton")
+            assert y.isfinite().all()
+
+
+def run_models(scale: Scale, batch: int, variants: dict[str, dict[str, str]]) -> None:
+    """Two steps of the models, and of their variants."""
+    forms = [(name, form) for name in (MODELS if scale.is_gpu else ("dcnv2",)) for form in ({}, variants.get(name))]
+    for model_name, form in forms:
+        if form is None:
+            continue
+        model = MODELS[model_name](num_embeddings=100, kernels="triton", **form).to(scale.device)
         optimizers = optimizers_of(model, "triton")
         for i in range(2):
-            update(model, optimizers, random_batch(shapes[-1][0], 100, i).to_device(scale.device), precision="fp32")
+            update(model, optimizers, random_batch(batch, 100, i).to_device(scale.device), precision="fp32")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+# Every kernel at small shapes and nothing else: what a memory checker watches, one after the other until time is up.
+SMALL = [(1, 64), (2, 28), (3, 27)]
+LAUNCHES: dict[str, Callable[[Scale], None]] = {
+    "row updates": lambda scale: update_rows(scale, 3),
+    "models": lambda scale: run_models(scale, 3, {}),
+    **{f"kernels {p}": lambda scale, p=p: run_kernels(scale, p, SMALL) for p in ("fp32", "bf16")},
+}

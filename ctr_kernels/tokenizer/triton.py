@@ -209,8 +209,8 @@ class _Tokens(torch.autograd.Function):
         table = torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False)
         grad_dense = grad[:, first - 1] @ dense_weight if ctx.needs_input_grad[2] else None
         sums = sums.to(grad.dtype)
-        return (None, None, table, None, grad_dense, grad_weight.to(grad.dtype), sums[first - 1], sums[0] if first == 2 else None,
-                sums[first:] if ctx.biased else None)
+        return (None, None, table, None, grad_dense, grad_weight.to(grad.dtype), sums[first - 1],
+                sums[0] if first == 2 else None, sums[first:] if ctx.biased else None)
 
 
 @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient

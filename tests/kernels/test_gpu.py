@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_checks import GROUPS, Unavailable, full
 
-CHECKS = {name: check for group in ("parity", "training") for name, check in GROUPS[group].items()}
+CHECKS = {name: check for group in ("parity", "parity others", "training") for name, check in GROUPS[group].items()}
 
 
 @pytest.mark.gpu
