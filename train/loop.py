@@ -187,12 +187,12 @@ class Trainer:
 
     def _calibrate(self, progress: TrainingProgress) -> None:
         """Divide the logits by the temperature, then move their bias by the last training rows, as far as asked for."""
-        self._check_finite()
         if self.config["temperature"] != 1.0:
             with self.averaged():
                 self.model.scale_logits(1.0 / self.config["temperature"])
         if not self.config["calibration_rows"]:
             return
+        self._check_finite()
         train = self.loader.split
         rows = train.part(max(0, train.rows - self.config["calibration_rows"]), train.rows)
         with self._not_counted(), self.averaged():
