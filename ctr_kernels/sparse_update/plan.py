@@ -54,6 +54,16 @@ def start_plan(weight: torch.Tensor, ids: torch.Tensor) -> Plan:
     return _PLANS[weight]
 
 
+def row_gradient(indices: torch.Tensor, plan: Plan | None, rows: torch.Tensor, table: torch.Size) -> torch.Tensor:
+    """The gradient of a table of that shape: rows [n, dim] at indices int64 [1, n], neither coalesced nor checked.
+
+    From here on the plan of these indices, if any, may be used.
+    """
+    if plan is not None:
+        plan.join()
+    return torch.sparse_coo_tensor(indices, rows, table, check_invariants=False)
+
+
 def take_plan(weight: torch.Tensor, ids: torch.Tensor) -> Plan | None:
     """The plan of the latest lookup in `weight` if it is one of these very ids [n], unchanged since; else None.
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..backend import CHOICES, resolve
 from ..library import NATIVE_ABSENT
 from .native import first_bad_id_native, lookup_native, use_huge_pages_native
-from .plan import Plan, start_plan
+from .plan import Plan, row_gradient, start_plan
 
 
 class _Lookup(torch.autograd.Function):
@@ -35,10 +35,7 @@ class _Lookup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        if ctx.plan is not None:
-            ctx.plan.join()
-        rows = grad.reshape(-1, ctx.table[1])
-        return torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False), *[None] * 5
+        return row_gradient(indices, ctx.plan, grad.reshape(-1, ctx.table[1]), ctx.table), *[None] * 5
 
 
 class EmbeddingTable(nn.Module):

@@ -53,7 +53,6 @@ from .plan import Plan, sort_ids
 from .rule import RowState, Rule
 from .triton_kernels import chunk_kernel, close_kernel
 
-MAX_DIM = 2048
 CLOSE_WARPS = 4
 CLOSE_ELEMENTS = 4096  # of a tile of partial sums
 
@@ -73,13 +72,19 @@ Key = tuple[str, str, int, str, bool, int]  # operation, rule, padded row width,
 # allow, so that the scan over positions needs shuffles only, no shared memory.
 TABLE = {16: (64, 32, 1), 32: (64, 32, 1), 64: (64, 16, 1), 128: (64, 8, 1), 256: (64, 8, 2), 512: (64, 8, 4),
          1024: (64, 8, 8), 2048: (64, 4, 16)}
+MAX_DIM = max(TABLE)
 REGISTERS = {("rowwise-adagrad", 64): 152, ("lazy-adam", 64): 152}  # bf16 and counted steps would spill with so few
+
+
+def _block(dim: int) -> int:
+    """The row width as a tile has it."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _key(rule: str, dim: int, dtype: torch.dtype, counts: bool, cc: int) -> Key:
     """dtype: of the table; counts: whether decay counts the steps between."""
     kind = "fp32" if dtype == torch.float32 else "half"
-    return "sparse_update", rule, max(16, triton.next_power_of_2(dim)), kind, counts, architecture(cc)
+    return "sparse_update", rule, _block(dim), kind, counts, architecture(cc)
 
 
 def _default(key: Key) -> Launch:
@@ -148,7 +153,7 @@ def _run(launch: Launch, tables: Sequence[torch.Tensor | None], sorted_ids: torc
     weight, n = tables[0], len(sorted_ids)
     assert weight is not None
     num_rows, dim = weight.shape
-    chunks, block = triton.cdiv(n, launch.chunk), max(16, triton.next_power_of_2(dim))
+    chunks, block = triton.cdiv(n, launch.chunk), _block(dim)
     partial = torch.empty(chunks, 2, dim, dtype=torch.float32, device=weight.device)
     shape = {"DIM": dim, "BLOCK_D": block, "CHUNK": launch.chunk, "WEIGHT_STRIDE": weight.stride(0)}
     with torch.cuda.device_of(weight):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ..sparse_update.plan import Plan, start_plan
+from ..sparse_update.plan import Plan, row_gradient, start_plan
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
 
@@ -203,10 +203,8 @@ class _Tokens(torch.autograd.Function):
         indices, dense, dense_weight = ctx.saved_tensors
         fields = ctx.fields
         first = grad.shape[1] - fields
-        if ctx.plan is not None:
-            ctx.plan.join()
         rows, sums, grad_weight = _backward(grad.contiguous(), dense, fields, first + fields * ctx.biased)
-        table = torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False)
+        table = row_gradient(indices, ctx.plan, rows, ctx.table)
         grad_dense = grad[:, first - 1] @ dense_weight if ctx.needs_input_grad[2] else None
         sums = sums.to(grad.dtype)
         return (None, None, table, None, grad_dense, grad_weight.to(grad.dtype), sums[first - 1],
