@@ -26,6 +26,10 @@ class WeightAverage:
         self._means = {name: weight.clone() for name, weight in self._weights.items()}
         self._average = get_ema_multi_avg_fn(decay)
 
+    def restart(self) -> None:
+        """Begin anew with the weights as they are now."""
+        self.load_state_dict(self._weights)
+
     def update(self) -> None:
         """Take in the weights after a step."""
         self._average(list(self._means.values()), list(self._weights.values()), 0)

@@ -12,8 +12,8 @@ from .evaluate import labels_of, predict
 LIMIT = 30.0  # of a shift; sigmoid(30) is 1 - 1e-13
 
 
-def calibrate(model: CTRModel, rows: Split | Part, **options: Any) -> float:
-    """Shift the model's logits so that the mean prediction on `rows` is their click rate; returns the shift.
+def calibrating_shift(model: CTRModel, rows: Split | Part, **options: Any) -> float:
+    """What is to be added to the model's logits so that the mean prediction on `rows` is their click rate.
 
     The last steps leave the bias of a logit a few hundredths from where the mean is right, by chance and by dropout,
     which only training has. One number is fitted, so that rows which were trained on will do.
@@ -24,9 +24,7 @@ def calibrate(model: CTRModel, rows: Split | Part, **options: Any) -> float:
 
     Raises UserError for NaN or infinite logits.
     """
-    shift = shift_to_mean(torch.from_numpy(predict(model, rows, **options)), float(labels_of(rows).mean()))
-    model.shift_logits(shift)
-    return shift
+    return shift_to_mean(torch.from_numpy(predict(model, rows, **options)), float(labels_of(rows).mean()))
 
 
 def shift_to_mean(logits: torch.Tensor, mean: float) -> float:

@@ -15,9 +15,10 @@ from .files import atomic_path
 from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
-VERSION = 4
+VERSION = 5
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
+UNCALIBRATED = {"scale": 1.0, "shift": 0.0}  # scored logits are scale * logit + shift
 
 
 def save_checkpoint(
@@ -55,8 +56,14 @@ def save_checkpoint(
         "artifacts": artifacts.to_dict(),
         "best": best,
         "average": average,
+        "calibration": UNCALIBRATED,
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []},
     }
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
+    """Write what `load_checkpoint` read, or something in its form, atomically; raises as `save_checkpoint`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         try:
             torch.save(content, handle)
@@ -92,9 +99,37 @@ def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str
     return content
 
 
+def kept_path(run: Path | str, name: str | None = None) -> Path:
+    """The checkpoint `name` ("best" or "last") of a run directory; by default best.pt, or last.pt without evaluations.
+
+    Raises UserError where `run` holds none.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"{run} is no run: {'it is a file' if run.exists() else 'there is no such directory'}")
+    for candidate in ("best", "last") if name is None else (name,):
+        if (run / f"{candidate}.pt").exists():
+            return run / f"{candidate}.pt"
+    raise UserError(f"{run} holds no {'best.pt or last.pt' if name is None else name + '.pt'}: "
+                    f"{'it has not saved that yet' if (run / 'config.json').exists() else 'it is no run of ctr-train'}")
+
+
+def newest_checkpoint(run: Path, model_name: str) -> dict[str, Any] | None:
+    """The state that a run goes on from: that of best.pt or last.pt with more steps; None where there is neither."""
+    found = [load_checkpoint(run / name, model_name) for name in ("last.pt", "best.pt") if (run / name).exists()]
+    return max(found, key=lambda content: content["step"], default=None)
+
+
 def scored_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's state for predictions: with averaged weights where the run keeps an average."""
+    """The model's state before calibration: with averaged weights where the run keeps an average."""
     return {**content["model"], **content["average"]}
+
+
+def load_scored(model: CTRModel, content: dict[str, Any]) -> None:
+    """Give `model` the weights for predictions, the checkpoint's calibration included."""
+    model.load_state_dict(scored_weights(content))
+    model.scale_logits(content["calibration"]["scale"])
+    model.shift_logits(content["calibration"]["shift"])
 
 
 def restore_rng(content: dict[str, Any]) -> None:
@@ -109,7 +144,7 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
 
     Args:
         config: "model", MODEL_ARGUMENTS and "embedding_dtype"; "pooling" for "ft", "shortcut" for "ft" and "autoint".
-        artifacts: of the data: hash bins, numeric features with their bins, and history.
+        artifacts: of the data: rows of the table, numeric features with their bins, and history.
         kernels: "auto", "eager", "native" or "triton".
 
     Raises UserError for an unknown model or arguments that do not go together.
@@ -117,13 +152,16 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
     name = config["model"]
     if name not in MODELS:
         raise UserError(f"model {name!r}: choose one of {', '.join(MODELS)}")
+    if config["tables"] == "per-field" and artifacts.min_count > 1:
+        raise UserError("--tables per-field: in these data, prepared with --min-count, each field has rows of its own "
+                        "already; leave the option out")
     arguments = {key: config[key] for key in MODEL_ARGUMENTS}
     if name == "ft":
         arguments["pooling"] = config["pooling"]
     if name != "dcnv2":
         arguments["shortcut"] = config["shortcut"]
     try:
-        model = MODELS[name](num_embeddings=artifacts.hash_bins, num_dense=artifacts.num_numeric,
+        model = MODELS[name](num_embeddings=artifacts.table_rows, num_dense=artifacts.num_numeric,
                              numeric_edges=artifacts.numeric_edges, history=artifacts.num_statistics,
                              history_moments=artifacts.history_moments or None, kernels=kernels, **arguments)
     except ValueError as error:

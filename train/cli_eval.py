@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ctr_models import CTRModel
 
-from .checkpoint import build_model, load_checkpoint, scored_weights
+from .checkpoint import build_model, kept_path, load_checkpoint, load_scored
 from .command import run_command
 from .data.artifacts import Artifacts
 from .data.raw import read_features
@@ -55,7 +55,7 @@ class Trained:
 
         Raises UserError where `run` holds no such checkpoint, or it does not fit, or kernels or device cannot be used.
         """
-        path = _checkpoint_path(run, checkpoint)
+        path = kept_path(run, checkpoint)
         content = load_checkpoint(path)
         config = content["config"]
         try:
@@ -67,7 +67,7 @@ class Trained:
         set_up_torch(threads=threads, precision=config["precision"], deterministic=config["deterministic"])
         model = build_model(config, artifacts, kernels)
         try:
-            model.load_state_dict(scored_weights(content))
+            load_scored(model, content)
         except RuntimeError as error:
             raise UserError(f"the weights in {path} do not fit the model {config['model']!r} of its own settings "
                             f"({str(error).splitlines()[-1].strip()})") from error
@@ -77,16 +77,6 @@ class Trained:
         """Arguments that `evaluate.predict` and `score.score` share; the run's own batch size by default."""
         return {"batch_size": batch_size or self.config["batch_size"], "device": self.device,
                 "precision": self.config["precision"]}
-
-
-def _checkpoint_path(run: Path, name: str | None) -> Path:
-    if not run.is_dir():
-        raise UserError(f"{run} is no run: {'it is a file' if run.exists() else 'there is no such directory'}")
-    for candidate in ("best", "last") if name is None else (name,):
-        if (run / f"{candidate}.pt").exists():
-            return run / f"{candidate}.pt"
-    raise UserError(f"{run} holds no {'best.pt or last.pt' if name is None else name + '.pt'}: "
-                    f"{'it has not saved that yet' if (run / 'config.json').exists() else 'it is no run of ctr-train'}")
 
 
 @click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})

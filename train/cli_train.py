@@ -12,7 +12,7 @@ from ctr_models.numeric import NUMERIC_MODES
 from .command import run_command
 from .machine import EMBEDDING_DTYPES, PRECISIONS
 from .optim import EMBEDDING_OPTIMIZERS
-from .recipes import HYPERPARAMETERS, RECIPES
+from .recipes import HYPERPARAMETERS, NAMES
 from .run import MACHINE, Request, run
 from .schedule import SCHEDULES
 
@@ -21,10 +21,19 @@ NAME = "ctr-train"
 
 @click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})
 @click.option("--model", type=click.Choice(list(MODELS)), help="What to train; needed unless --resume says it.")
-@click.option("--data", type=click.Path(path_type=Path), help="Directory made by `ctr-data prepare`.  "
-              "[default: synthetic rows, made on first use]")
-@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Hyperparameters by name; options below override "
-              "single ones.  [default: small]")
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Raw rows, plain or .gz, which are "
+              "prepared first (further files may follow the options: --data A B C), or a directory made by `ctr-data "
+              "prepare`.  [default: synthetic rows, made on first use]")
+@click.argument("more", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--prepared", type=click.Path(path_type=Path), help="Where raw rows are prepared; used again by later "
+              "runs on the same files.  [default: `data` in the run's directory]")
+@click.option("--split", type=click.Choice(["hash", "tail"]), help="Of raw rows: validation lines are drawn from the "
+              "line's index, or the last ones, as time does.  [default: hash]")
+@click.option("--valid-ratio", type=float, help="Of raw rows: share of validation lines.  [default: 0.05]")
+@click.option("--from", "run_from", type=click.Path(path_type=Path), help="Go on training that finished run's model on "
+              "the rows of --data, its next day.")
+@click.option("--recipe", type=click.Choice(NAMES), help="Hyperparameters by name; options below override single "
+              "ones.  [default: the one that the data were prepared for]")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/MODEL-TIME]")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the interrupted run in --out.")
 @click.option("--skip-if-done", is_flag=True, default=None, help="Print the result of the same run in --out if it is "
@@ -53,7 +62,10 @@ NAME = "ctr-train"
 @click.option("--numeric", type=click.Choice(NUMERIC_MODES), help="Numeric features: one token for all, or one each by "
               "that map.  [default: the variant's own]")
 @click.option("--precision", type=click.Choice(PRECISIONS), help="bf16: autocast; tf32: of matrix products on CUDA.")
-@click.option("--eval-every", type=int, help="Steps between evaluations on validation rows; 0: none.")
+@click.option("--validation-share", type=float, help="Share of the training rows, the last ones, that watch the "
+              "run and are not trained on; 0: none.")
+@click.option("--eval-every", type=float, help="Steps between evaluations on these rows, or below 1 a share of an "
+              "epoch; the best weights are kept; 0: none.")
 @click.option("--patience", type=int, help="Stop after so many evaluations without a better logloss; 0: never.")
 @click.option("--ema", type=float, help="Decay of a moving average of the weights outside the tables, with which the "
               "model is evaluated; 0: none.")
@@ -70,15 +82,23 @@ NAME = "ctr-train"
               "CUDA with triton kernels]")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of torch.  [default: torch's]")
-def command(model: str | None, recipe: str | None, out: Path | None, resume: bool | None, skip_if_done: bool | None,
-            seed: int | None, deterministic: bool | None, **options: Any) -> int:
-    """Train DCNv2, AutoInt or FT-Transformer; ends with logloss and AUC on the gold rows.
+def command(model: str | None, data: tuple[Path, ...], more: tuple[Path, ...], prepared: Path | None,
+            split: str | None, valid_ratio: float | None, run_from: Path | None, recipe: str | None, out: Path | None,
+            resume: bool | None, skip_if_done: bool | None, seed: int | None, deterministic: bool | None,
+            **options: Any) -> int:
+    """Train DCNv2, AutoInt or FT-Transformer on a click log; ends with logloss and AUC on the gold rows.
 
-    The run's directory holds config.json, metrics.jsonl, last.pt, best.pt (with --eval-every) and gold.json.
-    Ctrl-C or kill saves a checkpoint; --resume goes on from it as if nothing had happened.
+    \b
+    From a raw file to a model, and on with the rows of the next day:
+        ctr-train --model ft --data clicks.tsv.gz --out runs/day1
+        ctr-train --from runs/day1 --data next.tsv.gz --out runs/day2
+
+    The run's directory holds config.json, metrics.jsonl, last.pt, best.pt and gold.json. Ctrl-C or kill saves a
+    checkpoint; --resume goes on from it as if nothing had happened.
     """
     return run(Request(model, recipe, seed, deterministic, {name: options[name] for name in HYPERPARAMETERS},
-                       {name: options[name] for name in MACHINE}, out, bool(resume), bool(skip_if_done)))
+                       {name: options[name] for name in MACHINE}, out, bool(resume), bool(skip_if_done),
+                       (*data, *more), prepared, {"split": split, "valid_ratio": valid_ratio}, run_from))
 
 
 def main() -> None:

@@ -54,6 +54,15 @@ def copy_file(source: Path | str, path: Path | str) -> None:
         raise UserError(f"{source} does not exist") from None
 
 
+def link_file(source: Path | str, path: Path | str) -> None:
+    """The same file under a second name, atomically; a copy where the file system has no links."""
+    try:
+        with atomic_path(path) as temporary:
+            os.link(source, temporary)
+    except UserError:
+        copy_file(source, path)
+
+
 def read_json(path: Path | str) -> Any:
     """The parsed JSON file; UserError when it is missing or not JSON."""
     try:

@@ -13,13 +13,13 @@ import torch
 from ctr_models import CTRModel
 
 from .average import WeightAverage
-from .calibrate import calibrate
 from .checkpoint import restore_rng, save_checkpoint
 from .data.artifacts import Artifacts
 from .data.dataset import Part, Split
 from .data.loader import Batch, Loader
 from .errors import UserError
 from .evaluate import evaluate
+from .files import link_file
 from .graph import GraphedStep, Recorder, Step
 from .interrupt import Interrupt
 from .optim import load_optimizer, make_optimizers, update
@@ -42,7 +42,7 @@ class Trainer:
         artifacts: those of the data.
         model: on the loader's device.
         loader: training batches.
-        valid: rows for the evaluations during training.
+        valid: rows for the evaluations during training; None without any.
         recorder: records the step, so that it runs as one CUDA graph; None: each kernel is launched by itself.
 
     Attributes:
@@ -52,7 +52,7 @@ class Trainer:
     """
 
     def __init__(self, directory: Path, *, config: dict[str, Any], artifacts: Artifacts, model: CTRModel,
-                 loader: Loader, valid: Split | Part, recorder: Recorder | None = None) -> None:
+                 loader: Loader, valid: Split | Part | None, recorder: Recorder | None = None) -> None:
         self.directory, self.config, self.artifacts = directory, config, artifacts
         self.model, self.loader, self.valid, self.device = model, loader, valid, loader.device
         self.optimizers = make_optimizers(
@@ -68,9 +68,11 @@ class Trainer:
             self._update = GraphedStep(self._update, self.optimizers, recorder, loader.settle)
         self.step = 0
         self.best: dict[str, Any] | None = None
-        self._saved_step: int | None = None
+        self._saved_step: int | None = None  # of the newest checkpoint, and of last.pt
+        self._last_step: int | None = None
         self._losses: list[torch.Tensor] = []  # of the latest steps, not yet read by the host
         self._check_every = 1 if self.device.type == "cpu" else CUDA_CHECK_EVERY
+        self._eval_every = steps_between(config["eval_every"], config["steps_in_epoch"])
         self._log_every = max(1, self.total_steps // LOG_LINES)
 
     def restore(self, content: dict[str, Any]) -> None:
@@ -85,6 +87,14 @@ class Trainer:
         self.loader.load_state_dict(content["loader"])
         self.step, self.best, self._saved_step = content["step"], content["best"], content["step"]
         restore_rng(content)
+
+    def begin_with(self, weights: dict[str, torch.Tensor], states: list[dict[str, Any]]) -> None:
+        """Begin with weights and optimizer states of another run; learning rates and schedule are this one's."""
+        self.model.load_state_dict(weights)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            load_optimizer(optimizer, {**state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if self.average is not None:
+            self.average.restart()
 
     def train(self, interrupt: Interrupt) -> str:
         """Train until all steps are done, patience is over or the run is interrupted, and save last.pt.
@@ -102,14 +112,12 @@ class Trainer:
                 while (outcome := self._outcome(interrupt)) is None:
                     self._train_step(next(batches))
                     self._report(progress)
-                    if self.step == self.total_steps:
-                        self._calibrate(progress)
-                    if self._evaluates_now():
-                        self._evaluate(progress)
-                    elif time.monotonic() - self._saved_at > SAVE_SECONDS:
+                    if self.valid is not None and self._evaluates_now():
+                        self._evaluate(progress, self.valid)
+                    if time.monotonic() - self._saved_at > SAVE_SECONDS:
                         self._save("last.pt")
-                if self._saved_step != self.step:
-                    self._save("last.pt")
+                if self._last_step != self.step:
+                    self._save_last()
         finally:
             batches.close()
             progress.close()
@@ -124,8 +132,10 @@ class Trainer:
         return "interrupted" if interrupt.requested else None
 
     def _evaluates_now(self) -> bool:
-        every = self.config["eval_every"]
-        return bool(every) and (self.step % every == 0 or self.step == self.total_steps)
+        """Every so many steps and after the last one, but not shortly before that."""
+        left = self.total_steps - self.step
+        return bool(self._eval_every) and (left == 0 or (self.step % self._eval_every == 0
+                                                         and 2 * left >= self._eval_every))
 
     def _endless_batches(self) -> Generator[Batch, None, None]:
         while True:
@@ -185,26 +195,11 @@ class Trainer:
         yield
         self._interval_started += time.perf_counter() - started
 
-    def _calibrate(self, progress: TrainingProgress) -> None:
-        """Divide the logits by the temperature, then move their bias by the last training rows, as far as asked for."""
-        if self.config["temperature"] != 1.0:
-            with self.averaged():
-                self.model.scale_logits(1.0 / self.config["temperature"])
-        if not self.config["calibration_rows"]:
-            return
-        self._check_finite()
-        train = self.loader.split
-        rows = train.part(max(0, train.rows - self.config["calibration_rows"]), train.rows)
-        with self._not_counted(), self.averaged():
-            shift = calibrate(self.model, rows, batch_size=self.config["batch_size"], device=self.device,
-                              precision=self.config["precision"])
-        progress.message(f"calibrated on {rows.rows:,} training rows: logits {shift:+.4f}")
-
-    def _evaluate(self, progress: TrainingProgress) -> None:
-        """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best; last.pt always."""
+    def _evaluate(self, progress: TrainingProgress, valid: Split | Part) -> None:
+        """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best."""
         self._check_finite()
         with self._not_counted(), self.averaged():
-            metrics = evaluate(self.model, self.valid, batch_size=self.config["batch_size"], device=self.device,
+            metrics = evaluate(self.model, valid, batch_size=self.config["batch_size"], device=self.device,
                                precision=self.config["precision"])
         self._log.write({"event": "eval", "step": self.step, **metrics})
         better = self.best is None or metrics["logloss"] < self.best["logloss"]
@@ -217,7 +212,14 @@ class Trainer:
                          + (" (best so far)" if better else ""))
         if better:
             self._save("best.pt")
-        self._save("last.pt")
+
+    def _save_last(self) -> None:
+        """last.pt of this step; best.pt under that name too where it is of this step."""
+        if self.best and self.best["step"] == self.step and self._saved_step == self.step:
+            link_file(self.directory / "best.pt", self.directory / "last.pt")
+            self._last_step = self.step
+        else:
+            self._save("last.pt")
 
     def _save(self, name: str) -> None:
         self._check_finite()
@@ -227,6 +229,8 @@ class Trainer:
                             config=self.config, artifacts=self.artifacts, best=self.best,
                             average=self.average.state_dict() if self.average else {})
         self._saved_step, self._saved_at = self.step, time.monotonic()
+        if name == "last.pt":
+            self._last_step = self.step
 
     def _check_finite(self) -> None:
         """UserError for a loss not yet read, or a weight, that is NaN or infinite: nothing of that is ever saved."""
@@ -238,5 +242,16 @@ class Trainer:
     def _diverged(self, what: str) -> UserError:
         if self._saved_step is None:
             return UserError(f"{what}; there is no earlier checkpoint; {HINT}")
-        path = self.directory / "last.pt"
+        path = self.directory / ("best.pt" if self.best and self.best["step"] == self._saved_step else "last.pt")
         return UserError(f"{what}; the last good checkpoint is {path} (step {self._saved_step:,}); {HINT}")
+
+
+def steps_between(eval_every: float, steps_in_epoch: int) -> int:
+    """Steps between two evaluations: `eval_every` itself, or that share of an epoch if it is below 1; 0: never.
+
+    >>> steps_between(0.2, 100), steps_between(50, 100), steps_between(0.2, 3), steps_between(0, 100)
+    (20, 50, 1, 0)
+    """
+    if eval_every >= 1:
+        return round(eval_every)
+    return max(1, round(eval_every * steps_in_epoch)) if eval_every else 0

@@ -58,5 +58,16 @@ def rows_per_second(entries: list[dict[str, Any]]) -> float | None:
     return sum(steps) / seconds_a_row
 
 
+def training_loss(entries: list[dict[str, Any]], step: int, share: float = 0.1) -> float | None:
+    """Mean loss of the steps before `step`, of the last `share` of them; None without training lines."""
+    total, steps, before = 0.0, 0, 0
+    for entry in (entry for entry in entries if "event" not in entry and entry["step"] <= step):
+        if entry["step"] > (1.0 - share) * step:
+            total += entry["loss"] * (entry["step"] - before)
+            steps += entry["step"] - before
+        before = entry["step"]
+    return total / steps if steps else None
+
+
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, allow_nan=False) + "\n"

@@ -31,8 +31,12 @@ class Artifacts:
 
     Attributes:
         protocol, version, hash_bins, valid_ratio, gold_rows, missing_indicator, split: the settings.
-        min_count: values of fewer training rows have their field's rare id; 1 keeps all.
+        min_count: values of fewer training rows share a row of their field in the table, the others have rows of
+            their own, `table_rows` in all; 1: a value's row is its hashed id.
         history: whether each field has the statistics of `values.ValueCounts` behind the numeric features.
+        folds: of cross-fitted history (`folds.FoldCounts`); 0: the training rows' history is ordered by the file.
+        recipe: name of the recipe that the data were prepared for; empty if none was named.
+        continued: SHA-256 of the counts of values of the run that these data go on from; empty if they stand alone.
         transform, split_rule: the rules in words.
         counts, label_rate: rows and mean label of "train", "valid", "gold". The gold rows are the first validation
             rows and are in valid.arrow too; neither is ever in train.arrow.
@@ -44,8 +48,8 @@ class Artifacts:
             "collisions"}; the last two are estimates.
         numeric_edges: edges of the bins of each numeric feature, fitted to the training rows.
         history_moments: mean and standard deviation of each history feature over the training rows; empty without.
-        values: {"file", "ids", "rows", "clicks", "bytes", "sha256"} of the counts that min_count and history need
-            for other rows; empty without both.
+        values: {"file", "ids", "rows", "clicks", "table_rows", "bytes", "sha256"} of the counts that min_count and
+            history need for other rows; empty without both.
     """
 
     protocol: str = PROTOCOL
@@ -57,6 +61,9 @@ class Artifacts:
     split: str = "hash"
     min_count: int = 1
     history: bool = False
+    folds: int = 0
+    recipe: str = ""
+    continued: str = ""
     transform: str = TRANSFORM
     split_rule: str = SPLIT_RULE
     counts: dict[str, int] = field(default_factory=dict)
@@ -86,15 +93,23 @@ class Artifacts:
         return self.num_numeric + self.num_statistics * NUM_SPARSE
 
     @property
+    def table_rows(self) -> int:
+        """Rows of the embedding table: ids of the prepared rows are below."""
+        return self.values["table_rows"] if self.min_count > 1 else self.hash_bins
+
+    @property
     def counts_values(self) -> bool:
         """Whether features depend on counts of values."""
         return self.history or self.min_count > 1
 
-    def differences(self, other: "Artifacts") -> list[str]:
-        """What a model trained on these would find different in `other`, a phrase for each; empty if nothing."""
+    def differences(self, other: "Artifacts", *, values: bool = True) -> list[str]:
+        """What a model trained on these would find different in `other`, a phrase for each; empty if nothing.
+
+        values: whether the counts of values must be the same, too.
+        """
         found = [f"{name} is {getattr(self, name)!r} there and {getattr(other, name)!r} here" for name in MODEL_FIELDS
                  if getattr(self, name) != getattr(other, name)]
-        if not found and self.values.get("sha256") != other.values.get("sha256"):
+        if values and not found and self.values.get("sha256") != other.values.get("sha256"):
             found = [f"its counts of values ({VALUES_FILE}) are those of other training rows"]
         return found
 

@@ -1,25 +1,20 @@
 """`ctr-data`: make synthetic Criteo rows, prepare raw rows for training, inspect what was prepared."""
 
 import json
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
-from tqdm import tqdm
 
 from ..command import run_command
-from .artifacts import Artifacts
+from ..errors import UserError
+from ..recipes import DEFAULT, NAMES, preparation_of
+from .base import Base
 from .inspect import inspect, report
-from .passes import passes
-from .prepare import SPLITS, prepare
+from .meter import meter, prepare_with_meter
 from .protocol import GOLD_ROWS, HASH_BINS, VALID_RATIO
 
 NAME = "ctr-data"
-LINE_SECONDS = 10.0  # between progress lines where stderr is no terminal
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,7 +30,7 @@ def synth_command(rows: int, seed: int, out: Path) -> None:
     """Write synthetic rows in the raw Criteo format; OUT.truth.npy keeps their true probabilities."""
     from .synth import write_synthetic  # imports torch, for which the other commands need not wait
 
-    with _meter(rows, "rows", "writing") as advance:
+    with meter(rows, "rows", "writing") as advance:
         truth = write_synthetic(out, rows=rows, seed=seed, progress=advance)
     click.echo(f"{out}: {rows:,} rows, label rate {truth.label_rate:.4f}; best possible logloss "
                f"{truth.logloss:.4f}, AUC {truth.auc:.4f}")
@@ -49,32 +44,34 @@ def synth_command(rows: int, seed: int, out: Path) -> None:
 @click.option("--hash-bins", type=int, default=HASH_BINS, show_default=True, help="Ids of a field.")
 @click.option("--valid-ratio", type=float, default=VALID_RATIO, show_default=True, help="Share of validation lines.")
 @click.option("--gold-rows", type=int, default=GOLD_ROWS, show_default=True, help="First validation lines: gold.")
-@click.option("--missing-indicator", is_flag=True, help="13 more dense columns: 1 where the number is missing.")
 @click.option("--split", type=click.Choice(["hash", "tail"]), default="hash", show_default=True,
-              help="Validation lines: drawn from the line's index, or the last ones.")
-@click.option("--min-count", type=int, default=1, show_default=True,
-              help="Values of fewer training rows share their field's rare id.")
-@click.option("--history", is_flag=True, help="52 more dense columns: click rate and frequency of each value so far.")
+              help="Validation lines: drawn from the line's index, or the last ones, as time does.")
+@click.option("--recipe", type=click.Choice(NAMES), help="Prepare what that recipe of ctr-train wants; options below "
+              f"override single settings.  [default: {DEFAULT}]")
+@click.option("--history/--no-history", default=None, help="52 more dense columns or not: click rate and frequency of "
+              "each field's value.")
+@click.option("--folds", type=int, help="The history of a training row comes from the rows of the other folds, so many "
+              "in all; 0: from the rows before it.")
+@click.option("--min-count", type=int, help="Values of fewer training rows share a row of their field in the table; 1: "
+              "ids are hashes.")
+@click.option("--missing-indicator/--no-missing-indicator", default=None, help="13 more dense columns or not: 1 where "
+              "the number is missing.")
+@click.option("--from", "run", type=click.Path(path_type=Path), help="Prepare later rows for going on with that run of "
+              "ctr-train: its settings, ids and counts of values.")
 @click.option("--on-bad-line", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 def prepare_command(inputs: tuple[Path, ...], more: tuple[Path, ...], out: Path, hash_bins: int, valid_ratio: float,
-                    gold_rows: int, missing_indicator: bool, split: str, min_count: int, history: bool,
-                    on_bad_line: str) -> None:
+                    gold_rows: int, split: str, recipe: str | None, run: Path | None, on_bad_line: str,
+                    **settings: Any) -> None:
     """Raw labelled rows -> train, valid and gold under OUT; further files may follow the options: --input A B C."""
-    files = [*inputs, *more]
-    total = sum(os.path.getsize(file) for file in files if file.exists())
-    total *= passes(Artifacts(split=split, min_count=min_count, history=history))
-    started = time.monotonic()
-    with _meter(total, "B", "preparing") as advance:
-        found = prepare(files, out, hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
-                        missing_indicator=missing_indicator, split=split, min_count=min_count, history=history,
-                        on_bad_line=on_bad_line,
-                        progress=lambda lines, size: advance(size, lines))
-    lines = sum(source["rows"] for source in found.sources)
-    seconds = time.monotonic() - started
-    click.echo(f"{out}: " + ", ".join(f"{name} {found.counts[name]:,}" for name in SPLITS) +
-               f" rows; {lines:,} lines in {seconds:.1f} s, {lines / seconds:,.0f} rows/s")
-    if found.skipped_lines:
-        click.echo(f"{found.skipped_lines:,} bad lines skipped")
+    base = None
+    if run is not None:
+        for name, value in {"recipe": recipe, **settings}.items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} {value}: --from {run} takes the settings of that run")
+        base = Base.load(run)
+    prepare_with_meter([*inputs, *more], out, to_stdout=True, hash_bins=hash_bins, valid_ratio=valid_ratio,
+                       gold_rows=gold_rows, split=split, recipe=recipe or DEFAULT, base=base, on_bad_line=on_bad_line,
+                       **preparation_of(recipe or DEFAULT).settings(settings))
 
 
 @command.command("inspect")
@@ -84,34 +81,6 @@ def inspect_command(directory: Path, as_json: bool) -> None:
     """Rows, label rates, missing rates, ids and collisions of DIRECTORY; verifies its checksums."""
     found = inspect(directory)
     click.echo(json.dumps(found, indent=2) if as_json else report(found))
-
-
-@contextmanager
-def _meter(total: int, unit: str, what: str) -> Iterator[Callable[..., None]]:
-    """advance(count of units, lines=count) -> a bar on a terminal, else a line now and then, on stderr."""
-    lines_done = done = 0
-    started = shown = time.monotonic()
-    bar = tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True, desc=what) if sys.stderr.isatty() else None
-
-    def advance(count: int, lines: int | None = None) -> None:
-        nonlocal lines_done, done, shown
-        done += count
-        lines_done += count if lines is None else lines
-        now = time.monotonic()
-        rate = lines_done / max(now - started, 1e-9)
-        if bar is not None:
-            bar.set_postfix_str(f"{rate:,.0f} rows/s", refresh=False)
-            bar.update(count)
-        elif now - shown >= LINE_SECONDS:
-            left = (now - started) / max(done, 1) * max(total - done, 0)
-            click.echo(f"{what}: {lines_done:,} rows, {rate:,.0f} rows/s, {left:,.0f} s left", err=True)
-            shown = now
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ import pyarrow as pa
 
 from ..errors import UserError
 from .artifacts import FILE, Artifacts
+from .base import Base
 from .counting import FieldCounts
 from .edges import NumericEdges
+from .folds import FoldCounts
 from .history import ValueFeatures
-from .passes import Rule, count_values, split_rule
+from .passes import Inputs, Rule, count_folds, count_values, split_rule
 from .protocol import GOLD_ROWS, HASH_BINS, NUM_SPARSE, SPLIT_RULE, TAIL_RULE, VALID_RATIO
 from .raw import Progress, Source, dense_features, read_blocks
 from .values import FILE as VALUES_FILE
@@ -24,6 +26,7 @@ from .values import ValueCounts
 SPLITS = ("train", "valid", "gold")
 BATCH_ROWS = 65_536  # rows of a record batch
 MAX_HASH_BINS = 2**31 - 1  # ids are int32
+MAX_FOLDS = 100
 
 
 class SplitWriter:
@@ -102,6 +105,9 @@ def prepare(
     split: str = "hash",
     min_count: int = 1,
     history: bool = False,
+    folds: int = 0,
+    recipe: str = "",
+    base: Base | None = None,
     on_bad_line: str = "error",
     progress: Progress | None = None,
 ) -> Artifacts:
@@ -119,8 +125,11 @@ def prepare(
             more.
         min_count: values of fewer training rows get their field's rare id; 1 keeps all. More than 1, and history, read
             the input once more and keep values.arrow, which other rows need for the same features.
-        history: 52 more dense columns, click rate and frequency of each field's value before the row
-            (`values.ValueCounts`).
+        history: 52 more dense columns, click rate and frequency of each field's value (`values.ValueCounts`).
+        folds: the history of a training row comes from all training rows outside its fold, of so many, 2 to 100
+            (`folds.FoldCounts`; the input is read once more); 0: from the rows before it.
+        recipe: name of the recipe that the data are prepared for.
+        base: what a run was trained on; its settings are taken in place of those above, and its counts of values go on.
         on_bad_line: "error", or "skip": left out and counted; skipped lines still count for the split.
         progress: called with (lines, bytes of the input files) as they are read, on each of `passes.passes` passes.
 
@@ -128,19 +137,33 @@ def prepare(
     """
     settings = Artifacts(hash_bins=hash_bins, valid_ratio=valid_ratio, gold_rows=gold_rows,
                          missing_indicator=missing_indicator, split=split, min_count=min_count, history=history,
+                         folds=folds if history else 0, recipe=recipe,
                          split_rule=TAIL_RULE if split == "tail" else SPLIT_RULE)
-    _check_settings(inputs, settings)
+    if base is not None:
+        settings = base.applied_to(settings)
+    _check_settings(settings)
+    files = Inputs(inputs, settings)
     place = Path(out).resolve()  # "." and links have no name of their own to rename
     try:
-        _check_out(place)
+        check_out(place)
         work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     try:
-        rule = split_rule(inputs, settings, progress)
-        counts = count_values(inputs, settings, rule, on_bad_line, progress)
-        _write_splits([Source(path) for path in inputs], settings, work, on_bad_line, rule, counts, progress)
+        rule = split_rule(files, settings, progress)
+        before = base.counts if base is not None else None
+        counts = count_values(files, settings, rule, on_bad_line, before, progress)
+        past: FoldCounts | ValueCounts | None = None
+        if settings.history and counts is not None:
+            if settings.folds:
+                past = count_folds(files, settings, rule, on_bad_line, counts, progress)
+            else:
+                past = ValueCounts(settings.hash_bins) if before is None else before.copy()
+        with files.read() as sources:
+            _write_splits(sources, settings, work, on_bad_line, rule, ValueFeatures(settings, counts, past), progress)
+        if base is not None:  # the model has these in its weights' place: a feature must go on meaning the same
+            settings.numeric_edges, settings.history_moments = base.numeric_edges, base.history_moments
         if counts is not None:
             settings.values = counts.save(work)
         settings.save(work)
@@ -152,9 +175,7 @@ def prepare(
     return settings
 
 
-def _check_settings(inputs: Sequence[Path | str], settings: Artifacts) -> None:
-    if not inputs:
-        raise UserError("no input file is given")
+def _check_settings(settings: Artifacts) -> None:
     if not 1 <= settings.hash_bins <= MAX_HASH_BINS:
         raise UserError(f"hash_bins={settings.hash_bins} is outside 1 to {MAX_HASH_BINS}")
     if not 0.0 <= settings.valid_ratio < 1.0:
@@ -163,11 +184,14 @@ def _check_settings(inputs: Sequence[Path | str], settings: Artifacts) -> None:
         raise UserError(f"gold_rows={settings.gold_rows}: at least 1 is needed")
     if settings.min_count < 1:
         raise UserError(f"min_count={settings.min_count}: at least 1 is needed")
+    if settings.folds and not 2 <= settings.folds <= MAX_FOLDS:
+        raise UserError(f"folds={settings.folds}: 2 to {MAX_FOLDS}, or 0 for a history in the order of the file")
     if settings.split not in ("hash", "tail"):
         raise UserError(f"split={settings.split!r}: choose hash or tail")
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """UserError unless prepared data can be put at `out`: it is absent, empty, or holds prepared data."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a directory")
     if out.exists() and (content := {path.name for path in out.iterdir()}):
@@ -195,11 +219,10 @@ def _put_in_place(work: Path, out: Path) -> None:
 
 
 def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str, rule: Rule,
-                  values: ValueCounts | None, progress: Progress | None) -> None:
+                  features: ValueFeatures, progress: Progress | None) -> None:
     """Fill the directory with the splits and `settings` with what was found."""
     writers: dict[str, SplitWriter] = {}
     counts, edges = FieldCounts(settings.hash_bins), NumericEdges(settings.num_numeric)
-    features = ValueFeatures(settings, values)
     validation: list[tuple[np.ndarray, np.ndarray]] = []  # (line_index, label)
     try:
         for name in SPLITS:
@@ -213,7 +236,7 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
             label, dense, sparse = (column.take(train, axis=0) for column in columns)
             edges.add(dense)
-            writers["train"].add(label, *features.of_training(label, dense, sparse))
+            writers["train"].add(label, *features.of_training(label, dense, sparse, block.line_index[train]))
             label, dense, sparse = (column.take(valid, axis=0) for column in columns)
             held_out = (label, *features.of_others(dense, sparse))
             gold = settings.gold_rows - writers["gold"].rows
@@ -225,7 +248,6 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
         for writer in writers.values():
             writer.abandon()
     _check_rows(writers, settings, sources)
-    features.check_complete()
     settings.sources = [source.describe() for source in sources]
     settings.counts = {name: writer.rows for name, writer in writers.items()}
     settings.label_rate = {name: w.clicks / w.rows if w.rows else None for name, w in writers.items()}

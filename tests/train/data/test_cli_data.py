@@ -103,7 +103,7 @@ def test_nothing_but_bad_lines_is_an_error_even_when_they_are_skipped(ctr_data, 
     ("empty.gz", "empty.gz is empty"),
     ("truncated.gz", "truncated.gz is a truncated or damaged gzip file"),
     ("damaged.gz", "damaged.gz is a truncated or damaged gzip file"),
-    ("directory", "directory cannot be read"),
+    ("directory", "directory is a directory; raw files are needed"),
     ("random.bin", "random.bin, line 1"),
     ("one_line.bin", "one_line.bin, line 1 is longer than"),
 ])
@@ -150,7 +150,7 @@ def test_an_empty_directory_and_an_older_one_are_filled(ctr_data, tmp_path, raw)
         assert ctr_data("prepare", "--input", raw, "--out", "out", "--hash-bins", bins).returncode == 0
         assert Artifacts.load(tmp_path / "out").hash_bins == bins
         assert names(tmp_path) == ["out", "raw.tsv"]
-        assert names(tmp_path / "out") == ["artifacts.json", "gold.arrow", "train.arrow", "valid.arrow"]
+        assert names(tmp_path / "out") == ["artifacts.json", "gold.arrow", "train.arrow", "valid.arrow", "values.arrow"]
 
 
 def test_a_full_disk_leaves_the_older_data(ctr_data, tmp_path, raw):

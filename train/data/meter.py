@@ -1,0 +1,65 @@
+"""How far preparing is: a bar on a terminal, else a line now and then; and what came out, in a line."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from .artifacts import Artifacts
+from .passes import passes
+from .prepare import SPLITS, prepare
+
+LINE_SECONDS = 10.0  # between progress lines where stderr is no terminal
+
+
+def prepare_with_meter(inputs: Sequence[Path], out: Path, *, to_stdout: bool = False, **settings: Any) -> Artifacts:
+    """`prepare.prepare` with its progress on stderr, and a line of what came out there, or on stdout."""
+    told = {name: settings[name] for name in ("split", "min_count", "history", "folds") if name in settings}
+    asked = Artifacts(**told)
+    if settings.get("base") is not None:
+        asked = settings["base"].applied_to(asked)
+    total = sum(os.path.getsize(file) for file in inputs if file.is_file()) * passes(asked)
+    started = time.monotonic()
+    with meter(total, "B", f"preparing {out}") as advance:
+        found = prepare(inputs, out, progress=lambda lines, size: advance(size, lines), **settings)
+    lines = sum(source["rows"] for source in found.sources)
+    seconds = time.monotonic() - started
+    click.echo(f"{out}: " + ", ".join(f"{name} {found.counts[name]:,}" for name in SPLITS) +
+               f" rows; {lines:,} lines in {seconds:.1f} s, {lines / seconds:,.0f} rows/s", err=not to_stdout)
+    if found.skipped_lines:
+        click.echo(f"{found.skipped_lines:,} bad lines skipped", err=not to_stdout)
+    return found
+
+
+@contextmanager
+def meter(total: int, unit: str, what: str) -> Iterator[Callable[..., None]]:
+    """advance(count of units, lines=count) -> a bar on a terminal, else a line now and then, on stderr."""
+    lines_done = done = 0
+    started = shown = time.monotonic()
+    bar = tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True, desc=what) if sys.stderr.isatty() else None
+
+    def advance(count: int, lines: int | None = None) -> None:
+        nonlocal lines_done, done, shown
+        done += count
+        lines_done += count if lines is None else lines
+        now = time.monotonic()
+        rate = lines_done / max(now - started, 1e-9)
+        if bar is not None:
+            bar.set_postfix_str(f"{rate:,.0f} rows/s", refresh=False)
+            bar.update(count)
+        elif now - shown >= LINE_SECONDS:
+            left = (now - started) / max(done, 1) * max(total - done, 0)
+            click.echo(f"{what}: {lines_done:,} rows, {rate:,.0f} rows/s, {left:,.0f} s left", err=True)
+            shown = now
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,124 @@
+"""A training run with all of its settings known: model and data are opened, trained, finished."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from .checkpoint import build_model, newest_checkpoint
+from .continued import Continued
+from .data.artifacts import Artifacts
+from .data.dataset import Part, Split, open_split
+from .data.loader import Loader
+from .data.values import FILE as VALUES_FILE
+from .errors import UserError
+from .files import copy_file, write_json
+from .finish import finish, result_table
+from .graph import CudaRecorder, choose_cuda_graph
+from .interrupt import Interrupt, exit_code
+from .loop import Trainer
+from .machine import choose_device, resolve_kernels, set_up_torch, versions
+
+MAX_VALIDATION_ROWS = 200_000  # more would tell little more, and take long
+
+
+def execute(directory: Path, settings: dict[str, Any], data: Path, resumed: Path | None,
+            continued: Continued | None) -> int:
+    """Train in `directory` on the prepared rows in `data`; prints the result.
+
+    Args:
+        settings: every hyperparameter, "model", "recipe", "seed", "deterministic", "from", and the machine's.
+        resumed: the run directory whose newest checkpoint is gone on from; None for a new run.
+        continued: the run whose model a new one begins with.
+
+    Returns: the exit code, 0; where a signal stopped the run, 130 or 143.
+    """
+    checkpoint = None
+    if resumed is not None and (checkpoint := newest_checkpoint(resumed, settings["model"])) is None:
+        click.echo(f"{resumed} holds no checkpoint yet: beginning again", err=True)
+    device = choose_device(settings["device"])
+    set_up_torch(threads=settings["threads"], precision=settings["precision"],
+                 deterministic=settings["deterministic"])
+    kernels = settings["kernels"] or "auto"
+    resolved = resolve_kernels(kernels, device, settings["model"])
+    graphed = choose_cuda_graph(settings["cuda_graph"], device, resolved)
+    artifacts, train = _open_data(data)
+    if checkpoint is not None:
+        _check_data(data, artifacts, Artifacts.from_dict(checkpoint["artifacts"]))
+    rows, valid = divide(train, settings["validation_share"])
+    loader = Loader(rows, batch_size=settings["batch_size"], shuffle=True, seed=settings["seed"], drop_last=True,
+                    device=device)
+    steps_in_epoch = min(settings["steps_per_epoch"] or len(loader), len(loader))
+    config = {
+        **settings, "data": str(data.resolve()), "device": str(device), "threads": torch.get_num_threads(),
+        "kernels": kernels, "kernels_resolved": resolved, "cuda_graph_resolved": graphed,
+        "hash_bins": artifacts.hash_bins, "table_rows": artifacts.table_rows, "num_dense": artifacts.num_dense,
+        "history": artifacts.history, "train_rows": train.rows, "steps_in_epoch": steps_in_epoch,
+        "total_steps": settings["epochs"] * steps_in_epoch, "versions": versions(),
+    }
+    torch.manual_seed(settings["seed"])
+    model = build_model(config, artifacts, kernels)
+    first = None
+    if checkpoint is None and config["from"] is not None:
+        first = (continued or Continued.load(Path(config["from"]))).state(model, artifacts)
+    model.to(device)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "config.json", config)
+    artifacts.save(directory)
+    if artifacts.counts_values:
+        copy_file(data / VALUES_FILE, directory / VALUES_FILE)  # raw rows get the same features from the run alone
+    trainer = Trainer(directory, config=config, artifacts=artifacts, model=model, loader=loader, valid=valid,
+                      recorder=CudaRecorder(device) if graphed else None)
+    if first is not None:
+        trainer.begin_with(*first)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        click.echo(f"going on after step {trainer.step:,} of {trainer.total_steps:,}", err=True)
+    checkpoint = first = None
+    try:
+        with Interrupt() as interrupt:
+            outcome = trainer.train(interrupt)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{device} ran out of memory at step {trainer.step + 1:,}; "
+                        f"choose a --batch-size below {config['batch_size']:,}") from error
+    finally:
+        loader.close()
+    if outcome == "interrupted":
+        click.echo(f"interrupted after step {trainer.step:,} of {trainer.total_steps:,}, which is saved; go on with: "
+                   f"ctr-train --resume --out {directory}", err=True)
+        return exit_code(interrupt.requested)
+    if outcome == "patience":
+        click.echo(f"stopped after step {trainer.step:,}: no better validation logloss for {config['patience']} "
+                   "evaluations", err=True)
+    finish(directory, trainer, train, data)
+    click.echo(result_table(directory))
+    return 0
+
+
+def divide(train: Split, share: float) -> tuple[Split | Part, Split | Part | None]:
+    """(rows to train on, rows that watch): the last `share` of all rows watch, at most MAX_VALIDATION_ROWS; or none."""
+    watching = min(round(share * train.rows), MAX_VALIDATION_ROWS)
+    if not watching:
+        return train, None
+    return train.part(0, train.rows - watching), train.part(train.rows - watching, train.rows)
+
+
+def _open_data(data: Path) -> tuple[Artifacts, Split]:
+    """Artifacts and training rows; UserError where a split is not what the artifacts say."""
+    artifacts = Artifacts.load(data)
+    splits = [open_split(data, name) for name in ("train", "valid", "gold")]
+    for name, split in zip(("train", "valid", "gold"), splits, strict=True):
+        if (split.rows, split.num_dense) != (artifacts.counts[name], artifacts.num_dense):
+            raise UserError(f"{split.path} holds {split.rows:,} rows of {split.num_dense} numeric features, its "
+                            f"artifacts.json says {artifacts.counts[name]:,} of {artifacts.num_dense}: prepare again")
+    return artifacts, splits[0]
+
+
+def _check_data(data: Path, now: Artifacts, then: Artifacts) -> None:
+    """UserError unless the data are those that the run began with."""
+    differences = then.differences(now)
+    if not differences and now.outputs["train"]["sha256"] != then.outputs["train"]["sha256"]:
+        differences = ["the training rows are others"]
+    if differences:
+        raise UserError(f"{data} is not what the run was trained on: {'; '.join(differences)}")
