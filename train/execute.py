@@ -23,20 +23,21 @@ from .machine import choose_device, resolve_kernels, set_up_torch, versions
 MAX_VALIDATION_ROWS = 200_000  # more would tell little more, and take long
 
 
-def execute(directory: Path, settings: dict[str, Any], data: Path, resumed: Path | None,
-            continued: Continued | None) -> int:
+def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: bool = False,
+            continued: Continued | None = None, note: str | None = None) -> int:
     """Train in `directory` on the prepared rows in `data`; prints the result.
 
     Args:
         settings: every hyperparameter, "model", "recipe", "seed", "deterministic", "from", and the machine's.
-        resumed: the run directory whose newest checkpoint is gone on from; None for a new run.
+        resumed: go on from the newest checkpoint in `directory`.
         continued: the run whose model a new one begins with.
+        note: a line to say before training begins.
 
     Returns: the exit code, 0; where a signal stopped the run, 130 or 143.
     """
     checkpoint = None
-    if resumed is not None and (checkpoint := newest_checkpoint(resumed, settings["model"])) is None:
-        click.echo(f"{resumed} holds no checkpoint yet: beginning again", err=True)
+    if resumed and (checkpoint := newest_checkpoint(directory, settings["model"])) is None:
+        click.echo(f"{directory} holds no checkpoint yet: beginning again", err=True)
     device = choose_device(settings["device"])
     set_up_torch(threads=settings["threads"], precision=settings["precision"],
                  deterministic=settings["deterministic"])
@@ -76,6 +77,8 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, resumed: Path
         trainer.restore(checkpoint)
         click.echo(f"going on after step {trainer.step:,} of {trainer.total_steps:,}", err=True)
     checkpoint = first = None
+    if note is not None:
+        click.echo(note, err=True)
     try:
         with Interrupt() as interrupt:
             outcome = trainer.train(interrupt)

@@ -77,18 +77,17 @@ def _begin(directory: Path, request: Request, continued: Continued | None) -> in
     place = choose_device(request.machine.get("device"))
     resolve_kernels(request.machine.get("kernels") or "auto", place, model)
     data = obtain(_wanted(request, continued), directory)
-    artifacts = Artifacts.load(data)
+    artifacts, note = Artifacts.load(data), None
     check_two_classes(artifacts, data)
     if continued is not None:
         continued.check_data(data, artifacts)
         recipe = continued.config["recipe"]
     else:
         recipe = request.recipe or artifacts.recipe or DEFAULT
-        if (line := advice(recipe, artifacts, data)) is not None:
-            click.echo(line, err=True)
+        note = advice(recipe, artifacts, data)
     settings = _settings(request, model, recipe, Facts.of(artifacts), continued)
-    return execute(directory, {**settings, **{name: request.machine.get(name) for name in MACHINE}}, data, None,
-                   continued)
+    machine = {name: request.machine.get(name) for name in MACHINE}
+    return execute(directory, {**settings, **machine}, data, continued=continued, note=note)
 
 
 def _go_on(directory: Path, request: Request, continued: Continued | None) -> int:
@@ -108,7 +107,7 @@ def _go_on(directory: Path, request: Request, continued: Continued | None) -> in
         return 0
     data = obtain(_wanted(request, continued), directory) if request.data else Path(stored["data"])
     machine = {name: value for name, value in request.machine.items() if value is not None}
-    return execute(directory, {**stored, **machine}, data, directory, continued)
+    return execute(directory, {**stored, **machine}, data, resumed=True, continued=continued)
 
 
 def _wanted(request: Request, continued: Continued | None) -> Wanted:

@@ -90,8 +90,10 @@ def make_trainer(prepared, tmp_path, one_thread):
     def make(name: str, *, stop_after: int = NEVER, model: str = "ft", steps: int = 60,
              recorder: Recorder | None = None, **settings) -> tuple:
         hyperparameters = {"batch_size": 32, "lr": 1e-3, "warmup": 5, "schedule": "cosine", "dropout": 0.2}
+        asked = {**hyperparameters, **({} if "eval_every" in settings else {"validation_share": 0.0}), "patience": 0,
+                 **settings}
         config = {
-            "model": model, **resolve_recipe("small", model, {**hyperparameters, **settings}), "kernels": "auto",
+            "model": model, **resolve_recipe("small", model, asked), "kernels": "auto",
             "hash_bins": 1000, "total_steps": steps, "steps_in_epoch": steps,
         }
         torch.manual_seed(0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ctr_train import loop
-from ctr_train.checkpoint import load_checkpoint, scored_weights
+from ctr_train.checkpoint import load_checkpoint, newest_checkpoint, scored_weights
 from ctr_train.errors import UserError
-from ctr_train.evaluate import evaluate, labels_of, predict
+from ctr_train.evaluate import evaluate
 from ctr_train.loop import Trainer
 from ctr_train.runlog import read_log
 
@@ -81,43 +81,8 @@ def test_the_loss_falls_and_the_log_says_so(make_trainer, tmp_path):
     assert {"logloss", "auc", "calibration"} <= evaluations[0].keys()
 
 
-@pytest.mark.parametrize("rows", [300, 10**9])
-def test_a_finished_run_is_calibrated_on_its_last_training_rows(make_trainer, tmp_path, rows):
-    trainer, stop = make_trainer("run", model="dcnv2", steps=5, calibration_rows=rows)
-    assert trainer.train(stop) == "finished"
-    train = trainer.loader.split
-    part = train.part(max(0, train.rows - rows), train.rows)
-    found = evaluate(trainer.model, part, batch_size=64, device="cpu", precision="fp32")
-    assert found["calibration"] == pytest.approx(1.0, abs=1e-5)
-    other, stop = make_trainer("other", model="dcnv2", steps=5, calibration_rows=0)
-    other.train(stop)
-    found = evaluate(other.model, part, batch_size=64, device="cpu", precision="fp32")
-    assert abs(found["calibration"] - 1.0) > 1e-3
-    changed = [name for name, tensor in weights(tmp_path / "run").items()
-               if not torch.equal(tensor, weights(tmp_path / "other")[name])]
-    assert changed == ["head.bias"]
-
-
-@pytest.mark.parametrize("rows", [0, 300])
-def test_the_temperature_divides_the_logits_before_the_calibration(make_trainer, rows):
-    logits = []
-    for name, temperature in (("as it is", 1.0), ("hot", 2.0)):
-        trainer, stop = make_trainer(name, model="ft", shortcut="mlp", steps=5, calibration_rows=rows,
-                                     temperature=temperature)
-        trainer.train(stop)
-        part = trainer.loader.split.part(trainer.loader.split.rows - 300, trainer.loader.split.rows)
-        logits.append(torch.from_numpy(predict(trainer.model, part, batch_size=64, device="cpu", precision="fp32")))
-    plain, hot = logits
-    shift = hot - plain / 2
-    torch.testing.assert_close(shift, shift.mean().expand(300), rtol=0, atol=1e-6)
-    assert shift.mean().abs() > 1e-3 if rows else shift.mean().abs() < 1e-6
-    if rows:
-        assert hot.sigmoid().mean().item() == pytest.approx(float(labels_of(part).mean()), abs=1e-6)
-
-
 def test_the_average_is_that_of_the_formula_and_what_is_evaluated(make_trainer, tmp_path):
-    trainer, stop = make_trainer("run", model="dcnv2", steps=4, ema=0.75, temperature=2.0, calibration_rows=300,
-                                 eval_every=4)
+    trainer, stop = make_trainer("run", model="dcnv2", steps=4, ema=0.75, eval_every=4)
     expected = {name: p.detach().double() for name, p in trainer.model.named_parameters() if "embedding" not in name}
     take = trainer._update
 
@@ -133,27 +98,12 @@ def test_the_average_is_that_of_the_formula_and_what_is_evaluated(make_trainer, 
     content = load_checkpoint(tmp_path / "run" / "last.pt")
     assert content["average"].keys() == expected.keys()
     for name, mean in content["average"].items():
-        if name == "head.weight":
-            mean = 2 * mean  # the temperature divided it
-        if name != "head.bias":  # which the calibration moved
-            torch.testing.assert_close(mean.double(), expected[name], rtol=1e-6, atol=1e-7)
-            assert not torch.equal(mean, content["model"][name])
+        torch.testing.assert_close(mean.double(), expected[name], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(mean, content["model"][name])
     trainer.model.load_state_dict(scored_weights(content))
-    options = {"batch_size": 64, "device": "cpu", "precision": "fp32"}
-    train = trainer.loader.split
-    found = evaluate(trainer.model, train.part(train.rows - 300, train.rows), **options)
-    assert found["calibration"] == pytest.approx(1.0, abs=1e-5)
     (evaluation,) = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "eval"]
-    again = evaluate(trainer.model, trainer.valid, **options)
+    again = evaluate(trainer.model, trainer.valid, batch_size=64, device="cpu", precision="fp32")
     assert evaluation["logloss"] == pytest.approx(again["logloss"], abs=1e-7)
-
-
-def test_an_interrupted_run_is_not_calibrated(make_trainer, tmp_path):
-    for name, rows in (("with", 300), ("without", 0)):
-        trainer, stop = make_trainer(name, model="dcnv2", stop_after=3, calibration_rows=rows)
-        assert trainer.train(stop) == "interrupted"
-    for name, tensor in weights(tmp_path / "with").items():
-        assert torch.equal(tensor, weights(tmp_path / "without")[name])
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_logloss(make_trainer, tmp_path, monkeypatch):
@@ -165,6 +115,23 @@ def test_the_best_checkpoint_is_that_of_the_lowest_logloss(make_trainer, tmp_pat
     assert best["step"] == 20 and best["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 0}
     last = load_checkpoint(tmp_path / "run" / "last.pt")
     assert last["step"] == 40 and last["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 2}
+
+
+def test_the_best_checkpoint_is_a_state_to_go_on_from(make_trainer, tmp_path):
+    """Killed after an evaluation, a run has best.pt alone: what follows is as if nothing had happened."""
+    for name in ("whole", "killed"):
+        trainer, stop = make_trainer(name, model="dcnv2", steps=40, eval_every=10)
+        trainer.train(stop)
+    best = newest_checkpoint(tmp_path / "killed", "dcnv2")
+    assert best["step"] == 40  # last.pt has more steps, or as many
+    (tmp_path / "killed" / "last.pt").unlink()
+    best = newest_checkpoint(tmp_path / "killed", "dcnv2")
+    trainer, stop = make_trainer("killed", model="dcnv2", steps=40, eval_every=10)
+    trainer.restore(best)
+    assert trainer.train(stop) == "finished"
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name
+    assert newest_checkpoint(tmp_path, "dcnv2") is None
 
 
 def test_patience_ends_training(make_trainer, tmp_path, monkeypatch):
@@ -180,9 +147,11 @@ def test_patience_ends_training(make_trainer, tmp_path, monkeypatch):
 
 
 def test_the_last_step_is_evaluated(make_trainer, tmp_path):
-    trainer, stop = make_trainer("run", model="dcnv2", steps=7, eval_every=5)
-    trainer.train(stop)
-    assert [entry["step"] for entry in read_log(tmp_path / "run") if "event" in entry] == [5, 7]
+    for name, steps, every, expected in (("a", 8, 5, [5, 8]), ("b", 7, 5, [7]), ("c", 6, 0.5, [3, 6]),
+                                         ("d", 6, 0.01, [1, 2, 3, 4, 5, 6])):  # none shortly before the last one
+        trainer, stop = make_trainer(name, model="dcnv2", steps=steps, eval_every=every)
+        trainer.train(stop)
+        assert [entry["step"] for entry in read_log(tmp_path / name) if "event" in entry] == expected
 
 
 def poison(trainer: Trainer, step: int, value: float) -> None:
@@ -203,9 +172,9 @@ def test_a_loss_that_is_no_number_stops_at_its_step_and_keeps_the_checkpoint(mak
     trainer, stop = make_trainer("run", model="dcnv2", eval_every=10)
     poison(trainer, 17, value)
     with pytest.raises(UserError, match=r"the loss of step 17 is (nan|inf); the last good checkpoint is "
-                                        r".*last\.pt \(step 10\); try a lower --lr"):
+                                        r".*best\.pt \(step 10\); try a lower --lr"):
         trainer.train(stop)
-    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    content = load_checkpoint(tmp_path / "run" / "best.pt")
     assert content["step"] == 10
     assert all(tensor.isfinite().all() for tensor in content["model"].values())
 
@@ -251,8 +220,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(make_trainer, tmp_path, monke
     monkeypatch.setattr(torch, "save", full_from_step_20)
     with pytest.raises(UserError, match=r"cannot write .*\.pt: No space left on device"):
         trainer.train(stop)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 10
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "last.pt", "metrics.jsonl"]
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 10
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "metrics.jsonl"]
 
 
 def test_resuming_cuts_off_what_the_log_has_beyond_the_checkpoint(make_trainer, tmp_path):

@@ -8,9 +8,11 @@ import torch
 from ctr_kernels import SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_models import FTTransformer
 from ctr_train import recipes
+from ctr_train.data.artifacts import Artifacts
+from ctr_train.data.preparation import Preparation
 from ctr_train.errors import UserError
 from ctr_train.optim import make_optimizers
-from ctr_train.recipes import HYPERPARAMETERS, RECIPES, Recipe, resolve_recipe
+from ctr_train.recipes import HYPERPARAMETERS, RECIPES, Facts, Recipe, resolve_recipe
 from ctr_train.schedule import factor_at, make_schedulers, warmup_steps
 
 
@@ -20,7 +22,7 @@ def test_baseline_v1_is_the_studys():
         "embedding_lr": 0.01, "embedding_optimizer": "sgd", "embedding_weight_decay": 0.0, "embedding_dtype": "fp32",
         "schedule": "constant", "warmup": 0.0, "dropout": 0.1, "embedding_dropout": 0.0, "pooling": "cls",
         "shortcut": "none", "variant": "study", "tables": "shared", "numeric": None, "precision": "fp32",
-        "eval_every": 0, "patience": 0, "ema": 0.0, "temperature": 1.0, "calibration_rows": 0,
+        "validation_share": 0.0, "eval_every": 0, "patience": 0, "ema": 0.0, "temperature": 1.0, "calibration_rows": 0,
     }
 
 
@@ -52,6 +54,7 @@ def test_every_recipe_is_within_range_for_every_model(name, model):
     ({"embedding_weight_decay": -1.0}, "--embedding-weight-decay -1.0: at least 0.0"),
     ({"embedding_lr": 0.5, "embedding_weight_decay": 2.0}, "--embedding-weight-decay 2.0: times the embeddings' "),
     ({"patience": 3, "eval_every": 0}, "--patience 3 needs --eval-every"),
+    ({"validation_share": 1.0}, "--validation-share 1.0: below 1 is needed"),
 ])
 def test_values_out_of_range_are_quoted_with_their_option(override, message):
     with pytest.raises(UserError, match=message):
@@ -73,8 +76,46 @@ def test_the_papers_form_reads_its_own_token_unless_another_is_asked_for():
     assert resolve_recipe("small", "ft", {"variant": "paper", "pooling": "mean"})["pooling"] == "mean"
 
 
+@pytest.mark.parametrize("model", ["dcnv2", "autoint", "ft"])
+def test_the_default_recipe_depends_on_what_the_data_hold(model):
+    def resolved(**facts):
+        return resolve_recipe(recipes.DEFAULT, model, {}, Facts(**{"rows": 100_000, "history": True, **facts}))
+
+    assert resolved() == resolve_recipe("small", model, {})
+    assert resolved(rows=5_000_001) == resolve_recipe("full", model, {})
+    assert (resolved()["epochs"], resolved(history=False)["epochs"]) == (2, 1)  # by heart, the second time
+    assert resolved(history=False)["embedding_lr"] > resolved()["embedding_lr"]
+    few = resolved(rows=9000)
+    assert few["batch_size"] == 64 and few["lr"] == pytest.approx(resolved()["lr"] / 8**0.5)
+    assert resolved(rows=100)["batch_size"] == recipes.MIN_BATCH
+    given = resolve_recipe(recipes.DEFAULT, model, {"batch_size": 256}, Facts(rows=9000))
+    assert (given["batch_size"], given["lr"]) == (256, resolved()["lr"])
+    with_epochs = resolve_recipe(recipes.DEFAULT, model, {"epochs": 3}, Facts(history=False))
+    assert with_epochs["epochs"] == 3
+
+
+def test_the_run_is_watched_unless_that_is_turned_off():
+    watched = resolve_recipe("auto", "ft", {})
+    assert watched["validation_share"] > 0.0 and watched["eval_every"] > 0.0 and watched["patience"] > 0
+    off = resolve_recipe("auto", "ft", {"validation_share": 0.0})
+    assert (off["eval_every"], off["patience"]) == (0.0, 0)
+    assert resolve_recipe("baseline-v1", "ft", {"eval_every": 100})["validation_share"] > 0.0
+    with pytest.raises(UserError, match="--eval-every 100 needs a --validation-share above 0"):
+        resolve_recipe("auto", "ft", {"validation_share": 0.0, "eval_every": 100})
+
+
+def test_a_recipe_owns_its_preparation():
+    assert recipes.preparation_of("baseline-v1") == Preparation()  # the study's features
+    wanted = recipes.preparation_of(recipes.DEFAULT)
+    assert wanted.history and wanted.folds and wanted.min_count > 1
+    assert wanted.settings({"min_count": 3, "history": None})["min_count"] == 3
+    assert wanted.settings({"history": False})["history"] is False
+    assert wanted.is_that_of(Artifacts(min_count=wanted.min_count, history=True, folds=wanted.folds))
+    assert not wanted.is_that_of(Artifacts())
+
+
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(UserError, match="recipe 'best': choose one of baseline-v1, small, full, demo"):
+    with pytest.raises(UserError, match="recipe 'best': choose one of auto, small, full, demo, baseline-v1"):
         resolve_recipe("best", "ft", {})
 
 
