@@ -60,8 +60,9 @@ class Teacher:
 
     def _drift(self, day: int) -> None:
         """From the effects and the bias of day 1 to those of `day`."""
-        shares = {name: _row_shares(name) / _row_shares(name).sum() for name in self._main}
-        scale = {name: float(np.hypot(*MAIN[name])) for name in MAIN} | OWN
+        shares = {name: _row_shares(name) for name in self._main}
+        shares = {name: share / share.sum() for name, share in shares.items()}  # of the rows that have an effect
+        scale = {name: float(np.hypot(*weights)) for name, weights in MAIN.items()} | OWN
         means, deviations = {}, {}
         for name, effects in self._main.items():
             known = effects[:-1].astype(np.float64)
