@@ -23,17 +23,27 @@ def command() -> None:
 
 
 @command.command("synth")
-@click.option("--rows", type=click.IntRange(min=1), required=True, help="Lines to write.")
+@click.option("--rows", type=int, required=True, help="Lines to write, of each day with --days.")
+@click.option("--days", type=int, help="As many files, FILE-1.gz and so on, with drift from day to day.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed gives the same bytes.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="FILE or FILE.gz.")
-def synth_command(rows: int, seed: int, out: Path) -> None:
-    """Write synthetic rows in the raw Criteo format; OUT.truth.npy keeps their true probabilities."""
-    from .synth import write_synthetic  # imports torch, for which the other commands need not wait
+def synth_command(rows: int, days: int | None, seed: int, out: Path) -> None:
+    """Write synthetic rows in the raw Criteo format; OUT.truth.npy keeps their true probabilities.
 
-    with meter(rows, "rows", "writing") as advance:
-        truth = write_synthetic(out, rows=rows, seed=seed, progress=advance)
-    click.echo(f"{out}: {rows:,} rows, label rate {truth.label_rate:.4f}; best possible logloss "
-               f"{truth.logloss:.4f}, AUC {truth.auc:.4f}")
+    With --days each day has its file, its number before the suffixes of OUT. Day 1 is what there is without --days.
+    """
+    from .synth import check_days, write_days, write_synthetic  # imports torch: the other commands need not wait
+
+    files = 1 if days is None else days
+    check_days(rows, files)  # before a bar is drawn
+    with meter(rows * files, "rows", "writing") as advance:
+        if days is None:
+            truths = [write_synthetic(out, rows=rows, seed=seed, progress=advance)]
+        else:
+            truths = write_days(out, rows=rows, days=days, seed=seed, progress=advance)
+    for truth in truths:
+        click.echo(f"{truth.file}: {rows:,} rows, label rate {truth.label_rate:.4f}; best possible logloss "
+                   f"{truth.logloss:.4f}, AUC {truth.auc:.4f}")
 
 
 @command.command("prepare")

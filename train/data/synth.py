@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..files import atomic_path, write_json
 from ..metrics import evaluate_logits
 from .protocol import DENSE_NAMES, SPARSE_NAMES
-from .synth_features import draw_features
+from .synth_features import FREQUENT, LAST_DAY, draw_features, identities
 from .teacher import Teacher
 
 CHUNK_ROWS = 16_384  # rows of one random stream: part of what the data of a seed are
@@ -28,15 +28,18 @@ class Truth:
     """What is known of synthetic rows.
 
     Attributes:
-        rows, seed: what was asked for.
+        file: the rows.
+        rows, seed, day: what was asked for.
         label_rate: mean label.
         logloss, auc: of the true probabilities on the labels drawn: no model can be expected to do better. auc is NaN
             where it is undefined (labels of one class only).
         probabilities: the .npy file of the true probabilities, float32 [rows] in the order of the lines.
     """
 
+    file: Path
     rows: int
     seed: int
+    day: int
     label_rate: float
     logloss: float
     auc: float
@@ -44,42 +47,91 @@ class Truth:
 
 
 def write_synthetic(
-    out: Path | str, *, rows: int, seed: int, progress: Callable[[int], None] | None = None
+    out: Path | str, *, rows: int, seed: int, day: int = 0, progress: Callable[[int], None] | None = None
 ) -> Truth:
     """Write `rows` labelled lines to `out`, gzip-compressed if it ends in .gz; the same seed gives the same bytes.
 
     Beside it go OUT.truth.npy (probabilities) and OUT.truth.json ({"rows", "seed", "label_rate", "best_possible":
-    {"logloss", "auc"}}, auc null where undefined). `out` itself appears last, when everything else is there.
+    {"logloss", "auc"}}, auc null where undefined; "day" after "seed" where it is not 0). `out` itself appears last,
+    when everything else is there.
 
     Args:
+        day: 0 and 1 are the beginning, with the same bytes. On later days effects and click rate have drifted
+            (`teacher`) and some values are new (`synth_features`), alike for all seeds; the rows are other ones.
         progress: called with the number of rows after each chunk written.
 
-    Raises UserError: rows below 1, files that cannot be written (nothing is left half-written).
+    Raises UserError: rows below 1, a day below 0 or above LAST_DAY, files that cannot be written (nothing is left
+        half-written, nor the truth without its rows).
     """
     out = Path(out)
-    if rows < 1:
-        raise UserError(f"cannot make {rows:,} synthetic rows: at least 1 is needed")
-    probabilities_file = out.with_name(out.name + ".truth.npy")
+    _check_rows(rows)
+    if not 0 <= day <= LAST_DAY:
+        raise UserError(f"cannot make synthetic rows of day {day:,}: it is not between 0 and {LAST_DAY:,}")
+    probabilities_file, json_file = (out.with_name(out.name + ending) for ending in (".truth.npy", ".truth.json"))
     logits, labels = np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.uint8)
     done = 0
-    with atomic_path(out) as temporary, open(temporary, "wb") as raw:
-        with _compressed(raw) if out.suffix == ".gz" else raw as file:
-            for text, chunk_logits, chunk_labels in _chunks(rows, seed):
-                file.write(text)
-                count = len(chunk_labels)
-                logits[done:done + count], labels[done:done + count] = chunk_logits, chunk_labels
-                done += count
-                if progress is not None:
-                    progress(count)
-        metrics = evaluate_logits(logits, labels)
-        with atomic_path(probabilities_file) as file_name, open(file_name, "wb") as file:
-            np.save(file, _probability(logits))
-        write_json(out.with_name(out.name + ".truth.json"), {
-            "rows": rows, "seed": seed, "label_rate": metrics["label_rate"],
-            "best_possible": {"logloss": metrics["logloss"], "auc": metrics["auc"]},
-        })
+    beside: list[Path] = []
+    try:
+        with atomic_path(out) as temporary:
+            with open(temporary, "wb") as raw, _compressed(raw) if out.suffix == ".gz" else raw as file:
+                for text, chunk_logits, chunk_labels in _chunks(rows, seed, day):
+                    file.write(text)
+                    count = len(chunk_labels)
+                    logits[done:done + count], labels[done:done + count] = chunk_logits, chunk_labels
+                    done += count
+                    if progress is not None:
+                        progress(count)
+            metrics = evaluate_logits(logits, labels)
+            with atomic_path(probabilities_file) as file_name, open(file_name, "wb") as file:
+                np.save(file, _probability(logits))
+            beside.append(probabilities_file)
+            write_json(json_file, {
+                "rows": rows, "seed": seed, **({"day": day} if day else {}), "label_rate": metrics["label_rate"],
+                "best_possible": {"logloss": metrics["logloss"], "auc": metrics["auc"]},
+            })
+            beside.append(json_file)
+    except BaseException:
+        for path in beside:
+            path.unlink(missing_ok=True)
+        raise
     auc = float("nan") if metrics["auc"] is None else metrics["auc"]
-    return Truth(rows, seed, metrics["label_rate"], metrics["logloss"], auc, probabilities_file)
+    return Truth(out, rows, seed, day, metrics["label_rate"], metrics["logloss"], auc, probabilities_file)
+
+
+def write_days(
+    out: Path | str, *, rows: int, days: int, seed: int, progress: Callable[[int], None] | None = None
+) -> list[Truth]:
+    """Write days 1 to `days`, `rows` lines each, to the files `day_file(out, day, days)`; the truth of each, in order.
+
+    A day's bytes do not depend on `days`. For the rest see `write_synthetic`; what fails leaves the days before whole.
+
+    Raises UserError: as `write_synthetic`; days below 1 or above LAST_DAY (nothing is written then).
+    """
+    check_days(rows, days)
+    return [write_synthetic(day_file(out, day, days), rows=rows, seed=seed, day=day, progress=progress)
+            for day in range(1, days + 1)]
+
+
+def day_file(out: Path | str, day: int, days: int) -> Path:
+    """Where a day of `days` goes: its number before the suffix (or before that and .gz), FILE-3.tsv.gz.
+
+    Numbers have as many digits as that of the last day, so that the names sort.
+    """
+    out = Path(out)
+    suffix = Path(out.stem).suffix + out.suffix if out.suffix == ".gz" else out.suffix
+    return out.with_name(f"{out.name.removesuffix(suffix)}-{day:0{len(str(days))}d}{suffix}")
+
+
+def check_days(rows: int, days: int) -> None:
+    """UserError, before anything is written, unless `write_days` can make as many rows and days."""
+    _check_rows(rows)
+    if not 1 <= days <= LAST_DAY:
+        raise UserError(f"cannot make {days:,} days of synthetic rows: from 1 to {LAST_DAY:,} are possible")
+
+
+def _check_rows(rows: int) -> None:
+    if rows < 1:
+        raise UserError(f"cannot make {rows:,} synthetic rows: at least 1 is needed")
 
 
 def _compressed(raw: BinaryIO) -> gzip.GzipFile:
@@ -87,15 +139,15 @@ def _compressed(raw: BinaryIO) -> gzip.GzipFile:
     return gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=raw, mtime=0)
 
 
-def _chunks(rows: int, seed: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+def _chunks(rows: int, seed: int, day: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """(lines, true logits, labels) of each chunk in order, drawn ahead by threads."""
-    teacher = Teacher()
+    teacher, values = Teacher(day), identities(day)
     sizes = [min(CHUNK_ROWS, rows - start) for start in range(0, rows, CHUNK_ROWS)]
     pending: deque[Future[tuple[bytes, np.ndarray, np.ndarray]]] = deque()
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         try:
             for chunk, size in enumerate(sizes):
-                pending.append(pool.submit(_draw, teacher, seed, chunk, size))
+                pending.append(pool.submit(_draw, teacher, values, (seed, day, chunk), size))
                 if len(pending) > AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -105,12 +157,22 @@ def _chunks(rows: int, seed: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarra
                 future.cancel()
 
 
-def _draw(teacher: Teacher, seed: int, chunk: int, rows: int) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """The first `rows` rows of a chunk; whole chunks are drawn, so that fewer rows are the beginning of more."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, chunk], dtype=np.uint64)))
+def _draw(teacher: Teacher, frequent: dict[str, np.ndarray], stream: tuple[int, int, int],
+          rows: int) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """The first `rows` rows of the chunk of the stream (seed, day, chunk), of the day's teacher and frequent values.
+
+    Whole chunks are drawn, so that fewer rows are the beginning of more.
+    """
+    seed, day, chunk = stream
+    key = np.array([seed % 2**64, max(day - 1, 0) << 32 | chunk], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
     values, missing = draw_features(generator, CHUNK_ROWS)
     logits = teacher.logits(values, missing)
     labels = (generator.random(CHUNK_ROWS, dtype=np.float32) < _probability(logits)).astype(np.uint8)
+    if day > 1:
+        for name, identity in frequent.items():
+            ranks = values[name]
+            values[name] = np.where(ranks < FREQUENT, identity[np.minimum(ranks, FREQUENT - 1)], ranks)
     return (format_lines(labels[:rows], {name: column[:rows] for name, column in values.items()},
                          {name: column[:rows] for name, column in missing.items()}), logits[:rows], labels[:rows])
 

@@ -3,6 +3,9 @@
 The figures below are aggregates measured on a 0.3% sample (82,000 rows) of the Criteo Display Advertising Challenge
 training file; cardinalities of the categorical fields are those of the whole file. Columns that are always missing
 together in it are so here as well; apart from that columns are independent of each other.
+
+Frequencies are the same on every day, but from day 2 on some of the frequent values of fields with many values give
+way to new ones, as ads and users come and go: `replaced` says which, `identities` what stands in their place.
 """
 
 import numpy as np
@@ -58,6 +61,13 @@ CATEGORIES: dict[str, tuple[float, int, tuple[float, ...]]] = {
 }
 MISSING_TOGETHER = (("I1", "I10"), ("I4", "I13"), ("I7", "I9", "I11"), ("C3", "C4", "C12", "C16", "C21", "C24"),
                     ("C19", "C20", "C25", "C26"))
+# Of a field of more than FREQUENT values, each of the FREQUENT most frequent ones is replaced on a day with this
+# probability, unless it has more than the LASTING share of the field's rows: that is a default, no ad and no user.
+FREQUENT, REPLACED, LASTING = 1_000, 0.05, 0.05
+CHANGING = tuple(name for name in SPARSE_NAMES if CATEGORIES[name][1] > FREQUENT)
+LAST_DAY = 10_000
+WORLD = 20140624  # seed of all that belongs to the world and not to a sample of it
+_FIRST_NEW = 1 << 24  # numbers of new values: above every cardinality
 _FIRST_OF_GROUP = {name: group[0] for group in MISSING_TOGETHER for name in group}
 
 
@@ -118,3 +128,30 @@ def draw_features(generator: np.random.Generator, rows: int) -> tuple[dict[str, 
         if rate:
             missing[name] = missing[first] if first in missing else generator.random(rows) < rate
     return values, missing
+
+
+def replaced(day: int) -> dict[str, np.ndarray]:
+    """{name: bool [FREQUENT]} of the fields CHANGING: the ranks whose values appear on that day (2 or later)."""
+    generator = np.random.default_rng([WORLD, 0, day])
+    return {name: (generator.random(FREQUENT) < REPLACED) & _MAY_CHANGE[name] for name in CHANGING}
+
+
+def identities(day: int) -> dict[str, np.ndarray]:
+    """{name: int64 [FREQUENT]} of the fields CHANGING: which value has each frequent rank on that day.
+
+    It is the rank itself on days 0 and 1 and for as long as the value of the beginning stays, then a number that no
+    other value of the field ever has. Ranks beyond FREQUENT always stand for themselves.
+
+    Raises ValueError: day below 0 or above LAST_DAY.
+    """
+    if not 0 <= day <= LAST_DAY:
+        raise ValueError(f"day {day:,} is not between 0 and {LAST_DAY:,}")
+    ranks = np.arange(FREQUENT)
+    values = {name: ranks.copy() for name in CHANGING}
+    for past in range(2, day + 1):
+        for name, new in replaced(past).items():
+            values[name][new] = (_FIRST_NEW + past * FREQUENT + ranks)[new]
+    return values
+
+
+_MAY_CHANGE = {name: _RANK[name].share(np.arange(FREQUENT)) <= LASTING for name in CHANGING}

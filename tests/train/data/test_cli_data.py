@@ -243,3 +243,29 @@ def test_inspect_shows_what_is_there_and_finds_what_was_changed(ctr_data, tmp_pa
         (tmp_path / "copy" / f"{name}.arrow").write_bytes(content)
         assert f"{name}.arrow has the SHA-256" in one_sentence(ctr_data("inspect", "copy"))
         shutil.rmtree(tmp_path / "copy")
+
+
+def test_synthetic_days_are_files_with_a_line_each(ctr_data, tmp_path):
+    done = ctr_data("synth", "--rows", 30, "--days", 2, "--seed", 4, "--out", "raw.tsv.gz")
+    assert done.returncode == 0 and done.stderr == ""
+    assert names(tmp_path) == sorted(f"raw-{day}.tsv.gz{end}" for day in (1, 2) for end in
+                                     ("", ".truth.json", ".truth.npy"))
+    for day, line in enumerate(done.stdout.splitlines(), 1):
+        truth = json.loads((tmp_path / f"raw-{day}.tsv.gz.truth.json").read_text())
+        assert line == (f"raw-{day}.tsv.gz: 30 rows, label rate {truth['label_rate']:.4f}; best possible logloss "
+                        f"{truth['best_possible']['logloss']:.4f}, AUC {truth['best_possible']['auc']:.4f}")
+    assert len(done.stdout.splitlines()) == 2
+    done = ctr_data("synth", "--rows", 30, "--seed", 4, "--out", "plain.tsv.gz")
+    assert done.stdout.startswith("plain.tsv.gz: 30 rows, ") and len(done.stdout.splitlines()) == 1
+    assert (tmp_path / "plain.tsv.gz").read_bytes() == (tmp_path / "raw-1.tsv.gz").read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--rows", 5, "--days", 0], "cannot make 0 days of synthetic rows"),
+    (["--rows", 5, "--days", -3], "cannot make -3 days of synthetic rows"),
+    (["--rows", 0, "--days", 3], "cannot make 0 synthetic rows: at least 1 is needed"),
+    (["--rows", -1], "cannot make -1 synthetic rows: at least 1 is needed"),
+])
+def test_synthetic_rows_and_days_below_1_are_refused(ctr_data, tmp_path, arguments, words):
+    assert words in one_sentence(ctr_data("synth", *arguments, "--out", "raw.tsv"))
+    assert names(tmp_path) == []
