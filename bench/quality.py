@@ -1,5 +1,6 @@
-"""How good are the models? Each recipe and two rivals on the same rows and split, over several seeds."""
+"""How good are the models? What a newcomer gets first, then every preparation, and two rivals, over several seeds."""
 
+import gzip
 import json
 import statistics
 import subprocess
@@ -17,7 +18,6 @@ from common.records import Machine
 from matplotlib.figure import Figure
 from quality_rivals import RIVALS
 
-from ctr_models import MODELS
 from ctr_train.command import run_command
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.prepare import prepare
@@ -25,13 +25,18 @@ from ctr_train.data.protocol import HASH_BINS
 from ctr_train.errors import UserError
 from ctr_train.files import atomic_path, read_json, write_json
 from ctr_train.plots import COLOURS, save_png
+from ctr_train.recipes import DEFAULT, preparation_of
 
 NAMES = {"dcnv2": "DCNv2", "autoint": "AutoInt", "ft": "FT-Transformer"}
 METRICS = ("logloss", "auc", "normalised_entropy", "calibration", "rows_per_s", "memory_mb")
 HEADINGS = {"logloss": "logloss", "auc": "AUC", "normalised_entropy": "NE", "calibration": "calibration",
             "rows_per_s": "rows/s", "memory_mb": "peak MB"}
 DECIMALS = {"logloss": 4, "auc": 4, "normalised_entropy": 4, "calibration": 3, "rows_per_s": 0, "memory_mb": 0}
-MIN_COUNT = 10  # of the recipes that are ours; baseline-v1 keeps every value
+# How rows are prepared for the default recipe: as it wants it, and as a user may have done otherwise.
+PREPARATIONS: dict[str, dict[str, Any]] = {
+    "auto": {}, "auto, ordered history": {"folds": 0}, "auto, history of hashed ids": {"min_count": 1},
+    "auto, no history": {"history": False}, "auto, protocol's features": {"history": False, "min_count": 1},
+}
 
 
 @dataclass
@@ -86,9 +91,19 @@ def peak_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
+def without_options(model: str, train: Path, test: Path, seed: int, work: Path) -> dict[str, Any]:
+    """What a newcomer gets: `ctr-train --model MODEL --data TRAIN`, then `ctr-eval` on the rows of `test`."""
+    directory = work / f"{model}-no-options-{seed}"
+    run = measured(["-m", "ctr_train.cli_train", "--model", model, "--data", train, "--seed", str(seed), "--out",
+                    directory, "--skip-if-done"], directory / "gold.json")
+    found = measured(["-m", "ctr_train.cli_eval", directory, "--input", test, "--json"],
+                     work / f"{directory.name}-test.json")
+    return {**found, **{name: run[name] for name in ("rows_per_s", "memory_mb")}}
+
+
 def trained(model: str, recipe: str, data: Path, seed: int, work: Path) -> dict[str, Any]:
     """gold.json of a run of `ctr-train --deterministic`."""
-    directory = work / f"{model}-{recipe}-{seed}"
+    directory = work / f"{model}-{recipe}-{data.name}-{seed}"
     return measured(["-m", "ctr_train.cli_train", "--model", model, "--recipe", recipe, "--data", data, "--seed",
                      str(seed), "--out", directory, "--deterministic", "--skip-if-done"], directory / "gold.json")
 
@@ -100,10 +115,23 @@ def rival(name: str, data: Path, seed: int, work: Path) -> dict[str, Any]:
 
 
 def prepared(source: Path, out: Path, **options: Any) -> Path:
-    """`source` prepared under `out`, once."""
+    """`source` prepared under `out`, once; the last lines are the test rows."""
     if not out.exists():
         prepare([source], out, split="tail", **options)
     return out
+
+
+def divided(source: Path, test_ratio: float, work: Path) -> tuple[Path, Path]:
+    """The lines of `source` but the last share, and that share, as files."""
+    train, test = work / "train.tsv", work / "test.tsv"
+    if not test.exists():
+        content = source.read_bytes()
+        lines = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).splitlines(keepends=True)
+        first = len(lines) - int(test_ratio * len(lines))
+        for path, part in ((train, lines[:first]), (test, lines[first:])):
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(b"".join(part))
+    return train, test
 
 
 def table(found: Sequence[Quality], best: float | None) -> str:
@@ -153,30 +181,38 @@ def draw(found: Sequence[Quality], best: float | None, title: str, path: Path) -
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="0 to that, less one.")
 @click.option("--test-ratio", type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True), default=0.2,
               show_default=True, help="Share of the lines, at the end, that nothing is trained on.")
-@click.option("--recipe", default="small", show_default=True, help="Compared with baseline-v1.")
-@click.option("--hash-bins", type=click.IntRange(min=1), default=HASH_BINS, show_default=True)
-@click.option("--history/--no-history", default=True, show_default=True, help="Prepare the recipe's rows with "
-              "--history and --min-count 10.")
+@click.option("--hash-bins", type=click.IntRange(min=1), default=HASH_BINS, show_default=True, help="Of prepared rows; "
+              "those without options have the default.")
 @click.option("--providers", default=None, help="Separated by semicolons; all by default.")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), default=Path("out/quality"),
               show_default=True, help="Keeps what is done: the same command goes on where it stopped.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG.")
-def main(source: Path, seeds: int, test_ratio: float, recipe: str, hash_bins: int, history: bool, providers: str | None,
-         work: Path, json_path: Path | None, plot: Path | None) -> None:
-    """Train every model by a recipe and by baseline-v1, LightGBM and logistic regression, on the same rows.
+def main(source: Path, seeds: int, test_ratio: float, hash_bins: int, providers: str | None, work: Path,
+         json_path: Path | None, plot: Path | None) -> None:
+    """Train every model without any option, by the default recipe on every preparation, and by baseline-v1; LightGBM
+    and logistic regression beside them, all on the same rows.
 
-    Train: all lines but the last share; test: that share, seen by nothing. baseline-v1 and logistic regression have the
-    protocol's features, LightGBM its own ordered encodings of them, the recipe what `ctr-data prepare` offers.
+    Train: all lines but the last share; test: that share, seen by nothing. Without options a twentieth of the training
+    lines becomes the run's own gold rows; the other runs train on all of them. baseline-v1 and logistic regression have
+    the protocol's features, LightGBM its own ordered encodings of them.
     """
+    work.mkdir(parents=True, exist_ok=True)
+    train, test = divided(source, test_ratio, work)
     options = {"valid_ratio": test_ratio, "hash_bins": hash_bins, "gold_rows": 2**31}
-    plain = prepared(source, work / "plain", **options)
+    data = {name: prepared(source, work / f"data-{i}", **options, recipe=DEFAULT,
+                           **preparation_of(DEFAULT).settings(overrides))
+            for i, (name, overrides) in enumerate(PREPARATIONS.items())}
+    plain = data["auto, protocol's features"]
     indicated = prepared(source, work / "indicated", missing_indicator=True, **options)
-    ours = prepared(source, work / "history", history=True, min_count=MIN_COUNT, **options) if history else plain
-    jobs: dict[str, Any] = {name: lambda seed, name=name: rival(name, indicated, seed, work) for name in RIVALS}
-    for model in MODELS:
-        for name, data in ((recipe, ours), ("baseline-v1", plain)):
-            jobs[f"{NAMES[model]}, {name}"] = lambda seed, m=model, n=name, d=data: trained(m, n, d, seed, work)
+    jobs: dict[str, Any] = {}
+    for model, name in NAMES.items():
+        jobs[f"{name}, no options"] = lambda seed, m=model: without_options(m, train, test, seed, work)
+    jobs |= {name: lambda seed, name=name: rival(name, indicated, seed, work) for name in RIVALS}
+    for model, name in NAMES.items():
+        for of, directory in data.items():
+            jobs[f"{name}, {of}"] = lambda seed, m=model, d=directory: trained(m, DEFAULT, d, seed, work)
+        jobs[f"{name}, baseline-v1"] = lambda seed, m=model: trained(m, "baseline-v1", plain, seed, work)
     chosen = list(jobs) if providers is None else [name.strip() for name in providers.split(";")]
     if unknown := [name for name in chosen if name not in jobs]:
         raise UserError(f"--providers: {unknown[0]!r} is not one of {'; '.join(jobs)}")

@@ -1,5 +1,6 @@
 """The data of a run: prepared directories as they are, raw files prepared first, with what the recipe wants."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def _prepared(wanted: Wanted, out: Path) -> Path:
     """The raw files prepared under `out`; what is there from the same bytes with the same settings is used again."""
     for path in wanted.paths:
         if not path.exists():
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist: --data takes raw files, or a directory made by `ctr-data prepare`")
     recipe = wanted.recipe or DEFAULT
     arguments = preparation_of(recipe).settings({}) | {k: v for k, v in wanted.options.items() if v is not None}
     if (out / "artifacts.json").exists():
@@ -85,7 +86,15 @@ def _prepared(wanted: Wanted, out: Path) -> Path:
         if wanted.prepared is not None:
             raise UserError(f"{out} holds data prepared otherwise ({differences[0]}); choose another --prepared")
     check_out(out)
-    prepare_with_meter(wanted.paths, out, recipe=recipe, base=wanted.base, **arguments)
+    try:
+        found = prepare_with_meter(wanted.paths, out, recipe=recipe, base=wanted.base, **arguments)
+        if found.label_rate["train"] in (0.0, 1.0):
+            shutil.rmtree(out)
+        check_two_classes(found, wanted.paths[0])
+    except UserError:
+        if wanted.prepared is None and out.parent.is_dir() and not any(out.parent.iterdir()):
+            out.parent.rmdir()  # the run's directory, made for these rows
+        raise
     return out
 
 

@@ -1,5 +1,7 @@
 """Small prepared data for the tests of data, training and evaluation."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from ctr_train import cli_train
 from ctr_train.checkpoint import build_model
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.dataset import open_split
@@ -112,3 +115,22 @@ def make_trainer(prepared, tmp_path, one_thread):
     yield make
     for loader in loaders:
         loader.close()
+
+
+@pytest.fixture
+def ctr_train(tmp_path, monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ctr-train` with arguments in `tmp_path`, in this process: importing torch anew takes seconds each time."""
+    threads = torch.get_num_threads()
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["ctr-train", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli_train.main()
+        return subprocess.CompletedProcess(arguments, exit_.value.code, *capfd.readouterr())
+
+    monkeypatch.chdir(tmp_path)
+    yield run
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")

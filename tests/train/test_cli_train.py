@@ -13,44 +13,25 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cli import assert_fails
 
 from ctr_kernels import backends
-from ctr_train import cli_train, default_data
-from ctr_train.checkpoint import build_model, load_checkpoint
+from ctr_train import default_data
+from ctr_train.checkpoint import build_model, load_checkpoint, load_scored
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.prepare import prepare
 from ctr_train.data.synth import write_synthetic
 from ctr_train.evaluate import gold_report
-from ctr_train.recipes import HYPERPARAMETERS, resolve_recipe
+from ctr_train.recipes import HYPERPARAMETERS, Facts, resolve_recipe
 from ctr_train.runlog import read_log, rows_per_second
 
 QUICK = ("--model", "dcnv2", "--epochs", "1", "--batch-size", "64", "--lr", "0.001", "--device", "cpu",
          "--threads", "1")
 COMMAND = [sys.executable, "-m", "ctr_train.cli_train"]
-
-
-@pytest.fixture
-def ctr_train(tmp_path, monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`ctr-train` with arguments in `tmp_path`, in this process: importing torch anew takes seconds each time."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["ctr-train", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli_train.main()
-        return subprocess.CompletedProcess(arguments, exit_.value.code, *capfd.readouterr())
-
-    monkeypatch.chdir(tmp_path)
-    yield run
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision("highest")
 
 
 def read(path: Path) -> dict:
@@ -72,18 +53,22 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_result(finished, prepared
     assert sorted(path.name for path in directory.iterdir()) == [
         "artifacts.json", "best.pt", "config.json", "gold.json", "last.pt", "metrics.jsonl"]
     config, gold, log = read(directory / "config.json"), read(directory / "gold.json"), read_log(directory)
-    expected = resolve_recipe("small", "dcnv2", {"epochs": 1, "batch_size": 64, "lr": 0.001, "eval_every": 30})
+    artifacts = Artifacts.load(prepared)
+    expected = resolve_recipe("auto", "dcnv2", {"epochs": 1, "batch_size": 64, "lr": 0.001, "eval_every": 30},
+                              Facts.of(artifacts))
     assert {name: config[name] for name in HYPERPARAMETERS} == expected
-    assert (config["model"], config["recipe"], config["seed"], config["threads"]) == ("dcnv2", "small", 3, 1)
+    assert (config["model"], config["recipe"], config["seed"], config["threads"]) == ("dcnv2", "auto", 3, 1)
     assert config["data"] == str(prepared) and config["device"] == "cpu"
     native = backends()["native"]
     row_backend = "native" if native.level and "sparse_update" in native.operations else "eager"
     assert config["kernels"] == "auto" and config["kernels_resolved"] == {"sparse_update": row_backend}
     assert config["versions"]["torch"] == torch.__version__
     assert Artifacts.load(directory).to_dict() == Artifacts.load(prepared).to_dict()
-    steps = config["train_rows"] // 64
+    watching = round(0.05 * artifacts.counts["train"])
+    assert gold["validation"]["rows"] == watching
+    steps = (artifacts.counts["train"] - watching) // 64
     assert config["total_steps"] == config["steps_in_epoch"] == steps == gold["steps"]
-    assert [entry["step"] for entry in log if "event" in entry] == [30, 60, steps] or steps % 30 == 0
+    assert [entry["step"] for entry in log if "event" in entry] == [30, 60, steps]
     assert gold["rows"] == Artifacts.load(prepared).counts["gold"]
     assert gold["rows_trained"] == steps * 64 and gold["checkpoint"] == "best.pt"
     assert gold["rows_per_s"] == pytest.approx(rows_per_second(log))
@@ -93,7 +78,7 @@ def test_the_result_is_that_of_the_best_weights(finished, prepared):
     directory, _ = finished
     content = load_checkpoint(directory / "best.pt", "dcnv2")
     model = build_model(content["config"], Artifacts.load(prepared), "auto")
-    model.load_state_dict(content["model"])
+    load_scored(model, content)
     report = gold_report(model, prepared, Artifacts.load(prepared), batch_size=64, device="cpu", precision="fp32")
     gold = read(directory / "gold.json")
     assert {key: gold[key] for key in report} == json.loads(json.dumps(report))
@@ -103,7 +88,7 @@ def test_the_table_ends_the_output(finished):
     directory, done = finished
     gold = read(directory / "gold.json")
     lines = done.stdout.splitlines()
-    assert lines[0].split(None, 1) == ["model", "dcnv2 (study), recipe small"]
+    assert lines[0].split(None, 1) == ["model", "dcnv2 (study), recipe auto"]
     figures = {"logloss": f"{gold['logloss']:.4f}", "AUC": f"{gold['auc']:.4f}"}
     for name, value in figures.items():
         line = next(line for line in lines if line.startswith(name))
@@ -127,8 +112,8 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(finished):
 def test_on_a_terminal_progress_is_a_bar(prepared, tmp_path):
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 120, 0, 0))  # rows, columns
-    with subprocess.Popen([*COMMAND, *QUICK, "--data", prepared, "--out", tmp_path / "run"],
-                          stdout=subprocess.DEVNULL, stderr=stderr) as process:
+    with subprocess.Popen([*COMMAND, *QUICK, "--validation-share", "0", "--data", prepared, "--out",
+                           tmp_path / "run"], stdout=subprocess.DEVNULL, stderr=stderr) as process:
         os.close(stderr)
         shown = b""
         while True:
@@ -143,7 +128,7 @@ def test_on_a_terminal_progress_is_a_bar(prepared, tmp_path):
     os.close(terminal)
     text = shown.decode()
     assert re.search(r"100%.*\d+/\d+.*loss \d\.\d{4}, [\d,]+ rows/s, waiting for data \d+%", text)
-    assert text.count("\n") <= 3
+    assert not re.search(r"step \d+/\d+", text) and text.count("\n") <= 5
 
 
 def stop_on_the_way(tmp_path: Path, arguments: tuple[str | Path, ...], number: int) -> tuple[int, str, str]:
@@ -178,7 +163,7 @@ def test_ctrl_c_saves_and_resuming_ends_where_an_uninterrupted_run_does(prepared
 
 
 def test_kill_saves_too_and_a_full_disk_leaves_that_checkpoint(prepared, tmp_path, ctr_train):
-    arguments = (*QUICK, "--data", prepared, "--epochs", "4")
+    arguments = (*QUICK, "--data", prepared, "--epochs", "4", "--validation-share", "0")
     code, out, err = stop_on_the_way(tmp_path, arguments, signal.SIGTERM)
     assert (code, out) == (143, "") and "Traceback" not in err, err
     assert err.endswith("which is saved; go on with: ctr-train --resume --out run\n")
@@ -222,17 +207,9 @@ def test_a_run_that_is_there_is_never_overwritten(finished, prepared, ctr_train)
         assert_fails(ctr_train(*arguments), sentence)
 
 
-def assert_fails(done: subprocess.CompletedProcess[str], sentence: str) -> None:
-    """Exit code 1, and nothing but one line on stderr that holds the sentence."""
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("ctr-train: ") and done.stderr.count("\n") == 1, done.stderr
-    assert sentence in done.stderr
-    assert done.stdout == ""
-
-
 def test_a_mistake_leaves_a_process_with_one_line_and_code_1():
     done = subprocess.run([*COMMAND, "--model", "dcnv2", "--data", "nowhere"], capture_output=True, text=True)
-    assert_fails(done, "nowhere/artifacts.json does not exist")
+    assert_fails(done, "nowhere does not exist: --data takes raw files, or a directory made by")
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
@@ -302,15 +279,18 @@ def test_resuming_refuses_other_data_and_other_checkpoints(prepared, tmp_path, c
     (tmp_path / "run" / "last.pt").write_bytes(whole)
     assert ctr_train("--resume", "--out", "run").returncode == 0  # all that was missing was the evaluation
     (tmp_path / "run" / "gold.json").unlink()
-    (tmp_path / "run" / "last.pt").unlink()
-    assert_fails(ctr_train("--resume", "--out", "run"), "holds a run without a checkpoint (no last.pt)")
+    for name in ("last.pt", "best.pt"):
+        (tmp_path / "run" / name).unlink()
+    again = ctr_train("--resume", "--out", "run")  # killed before it saved anything
+    assert again.returncode == 0 and "run holds no checkpoint yet: beginning again" in again.stderr
 
 
 def test_without_data_synthetic_rows_are_made_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     directory = default_data.default_data(rows=2000, seed=4, hash_bins=500)
-    assert directory == Path("data") / "synthetic-2000-4"
-    assert Artifacts.load(directory).hash_bins == 500
+    assert directory == Path("data") / "synthetic-2000-4-auto"
+    found = Artifacts.load(directory)
+    assert (found.hash_bins, found.recipe, found.history) == (500, "auto", True)
     assert "making 2,000 synthetic rows" in capsys.readouterr().err
     made = (directory / "train.arrow").stat().st_mtime_ns
     assert default_data.default_data(rows=2000, seed=4, hash_bins=500) == directory
