@@ -57,14 +57,11 @@ def first_day(days, tmp_path_factory) -> Path:
 def test_day_two_after_day_one_beats_day_one_alone_on_day_three(ctr_train, days, first_day, tmp_path):
     done = ctr_train("--from", first_day, "--data", days[1], "--out", "second", *QUICK)
     assert done.returncode == 0, done.stderr
-    model, one, two = (load_checkpoint(kept_path(run)) for run in (first_day, first_day, tmp_path / "second"))
-    logloss = {}
-    for name, run in (("day 1", first_day), ("days 1, 2", tmp_path / "second")):
-        logloss[name] = scored(run, days[2])
+    logloss = {"day 1": scored(first_day, days[2]), "days 1, 2": scored(tmp_path / "second", days[2])}
     assert logloss["days 1, 2"] < logloss["day 1"] - 0.003, logloss
     config = read(tmp_path / "second" / "config.json")
     assert (config["from"], config["model"], config["epochs"]) == (str(first_day), "dcnv2", 1)
-    assert two["config"]["lr"] == one["config"]["lr"] == model["config"]["lr"]
+    assert config["lr"] == read(first_day / "config.json")["lr"]
     found, before = Artifacts.load(tmp_path / "second"), Artifacts.load(first_day)
     assert found.values["rows"] == before.counts["train"] + found.counts["train"]
     assert (found.numeric_edges, found.history_moments) == (before.numeric_edges, before.history_moments)
@@ -169,12 +166,22 @@ def test_a_third_day_goes_on_from_the_second_and_resuming_changes_nothing(ctr_tr
                                                                               tmp_path / "third"))
 
 
+@pytest.fixture(scope="module")
+def few_rows(days, tmp_path_factory) -> Path:
+    """few.tsv, and its rows prepared without regard to the run: `other` features, and `alike` ones."""
+    directory = tmp_path_factory.mktemp("few")
+    few = write(directory / "few.tsv", days[1].read_text().splitlines()[:400])
+    prepare([few], directory / "other")
+    prepare([few], directory / "alike", min_count=10, history=True, folds=10)
+    return directory
+
+
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (("--numeric", "token"), "--numeric token: the run in day1 has affine, and its weights fit nothing else"),
     (("--embedding-optimizer", "sgd"), "--embedding-optimizer sgd: the run in day1 has rowwise-adagrad"),
     (("--model", "ft"), "--model ft: the run in day1 has model dcnv2"),
     (("--recipe", "full"), "--recipe full: the run in day1 has recipe auto"),
-    (("--data", "other"), "other has other features than day1: min_count is 10 there and 1 here, history is True"),
+    (("--data", "other"), "other has other features than day1: min_count is 10 there and 1 here; history is True"),
     (("--data", "alike"), "alike was not prepared to go on from day1: its ids are others; prepare its rows with "
                           "`ctr-data prepare --from day1"),
     (("--data", "empty.tsv"), "empty.tsv is empty"),
@@ -182,16 +189,15 @@ def test_a_third_day_goes_on_from_the_second_and_resuming_changes_nothing(ctr_tr
     (("--from", "nowhere"), "nowhere is no run: there is no such directory"),
     (("--from", "unfinished"), "unfinished holds a run that has not finished: ctr-train --resume --out unfinished"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
-def test_mistakes_are_one_sentence_and_leave_nothing(ctr_train, first_day, days, tmp_path, arguments, sentence):
+def test_mistakes_are_one_sentence_and_leave_nothing(ctr_train, first_day, few_rows, tmp_path, arguments, sentence):
     (tmp_path / "day1").symlink_to(first_day)
     (tmp_path / "empty.tsv").touch()
-    few = write(tmp_path / "few.tsv", days[1].read_text().splitlines()[:400])
-    prepare([few], tmp_path / "other")
-    prepare([few], tmp_path / "alike", min_count=10, history=True, folds=10)
+    for path in few_rows.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     (tmp_path / "unfinished").mkdir()
     shutil.copy(first_day / "last.pt", tmp_path / "unfinished")
     before = sorted(path.name for path in tmp_path.iterdir())
-    data = () if "--data" in arguments else ("--data", few)
+    data = () if "--data" in arguments else ("--data", "few.tsv")
     assert_fails(ctr_train("--from", "day1", *data, "--out", "run", *arguments), sentence)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

@@ -140,10 +140,16 @@ class Artifacts:
     def load(cls, directory: Path | str) -> "Artifacts":
         """Read a directory's artifacts.json; UserError where it is missing or damaged."""
         path = Path(directory) / FILE
+        if Path(directory).is_file():
+            raise UserError(f"{directory} is a file; a directory made by `ctr-data prepare` is needed here")
         if not path.exists():
             raise UserError(f"{path} does not exist: {directory} holds no prepared data; make some with "
                             "`ctr-data prepare`")
         try:
-            return cls.from_dict(read_json(path))
+            found = cls.from_dict(read_json(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        if (found.protocol, found.version) != (PROTOCOL, PROTOCOL_VERSION):
+            raise UserError(f"{directory} was prepared by protocol {found.protocol} version {found.version}; this "
+                            f"program knows {PROTOCOL} version {PROTOCOL_VERSION}: prepare the rows again")
+        return found

@@ -61,6 +61,8 @@ class Source:
                 yield from self._lines(stream)
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist") from None
+        except IsADirectoryError:
+            raise UserError(f"{self.path} is a directory; raw rows are needed here") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{self.path} is a truncated or damaged gzip file, after line {self.lines:,} ({error})") \
                 from None
