@@ -49,7 +49,7 @@ def test_the_marked_commands_run(tmp_path):
     done = subprocess.run(["bash", "-e", "-c", MARKED[0][1]], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for made in ("data/small/artifacts.json", "runs/small/gold.json", "predictions.parquet", "report/curves.png"):
+    for made in ("runs/day1/data/artifacts.json", "runs/day2/gold.json", "predictions.parquet", "report/curves.png"):
         assert (tmp_path / made).stat().st_size > 0, made
     assert "best possible" in done.stdout
 
