@@ -15,7 +15,7 @@ from .files import read_json
 from .finish import result_table
 from .inputs import Wanted, advice, check_two_classes, obtain
 from .machine import choose_device, resolve_kernels
-from .recipes import DEFAULT, Facts, check_hyperparameters, fit_batch, resolve_recipe
+from .recipes import DEFAULT, HYPERPARAMETERS, Facts, check_hyperparameters, fit_batch, resolve_recipe
 
 # Settings that an interrupted run takes anew when it goes on; all others must stay as they were.
 MACHINE = ("device", "threads", "kernels", "cuda_graph")
@@ -93,6 +93,10 @@ def _begin(directory: Path, request: Request, continued: Continued | None) -> in
 def _go_on(directory: Path, request: Request, continued: Continued | None) -> int:
     """The run that is there: its result, or on from its newest checkpoint."""
     stored = read_json(directory / "config.json")
+    for name in (*HYPERPARAMETERS, "model", "recipe", "seed", "deterministic", "data", "train_rows", "history"):
+        if name not in stored:
+            raise UserError(f"{directory / 'config.json'} has no {name!r}: it is damaged or of another version; choose "
+                            "another --out for a new run")
     asked = {"model": request.model, "recipe": request.recipe, "seed": request.seed,
              "deterministic": request.deterministic, **request.hyperparameters}
     if request.skip_if_done:

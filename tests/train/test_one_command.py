@@ -69,6 +69,13 @@ def test_files_are_taken_in_order_and_split_by_time_if_asked(ctr_train, raw, tmp
     assert found.counts == {"train": 3000, "valid": 1000, "gold": 1000}
 
 
+def test_a_run_of_another_version_is_named(ctr_train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"model": "ft", "lr": 0.1}')
+    for arguments in (("--resume",), ("--model", "ft", "--skip-if-done")):
+        assert_fails(ctr_train(*arguments, "--out", "run"), "run/config.json has no 'epochs': it is damaged")
+
+
 @pytest.fixture(scope="module")
 def study(raw, tmp_path_factory) -> Path:
     """Rows prepared for the baseline study's recipe."""
