@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .dataset import Split
+from .dataset import Part, Split
 
 POSITION = ("epoch", "batch", "seed", "rows", "batch_size")
 
@@ -48,7 +48,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Part,
         *,
         batch_size: int,
         shuffle: bool,
