@@ -105,12 +105,12 @@ def _check(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_w
                   "history.bias": (history.bias, (fields, dim)), "history.mean": (history.mean, (statistics * fields,)),
                   "history.scale": (history.scale, (statistics * fields,))}
     given = {"dense_weight": dense_weight}
-    for name, (tensor, expected) in named.items():
-        if tensor is None:
+    for name, (part, expected) in named.items():
+        if part is None:
             continue
-        given[name] = tensor
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with ids {tuple(ids.shape)}, weight "
+        given[name] = part
+        if tuple(part.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(part.shape)}; with ids {tuple(ids.shape)}, weight "
                              f"{tuple(weight.shape)} and dense {tuple(dense.shape)} it must be {expected}")
     same_float(given)
     if weight.dtype not in FLOATS:

@@ -71,14 +71,14 @@ Key = tuple[str, str, int, int, int, str, int]
 
 
 def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, cc: int) -> Key:
-    """(operation, kernel, tokens and elements of a token rounded up to powers of 2, statistics, arithmetic,
-    architecture)."""
+    """(operation, kernel, fields or features and elements of a token, both rounded up to powers of 2, statistics,
+    arithmetic, architecture)."""
     block_d = max(16, triton.next_power_of_2(sizes.D))
     if block_d * (2 + sizes.S) > MAX_TILE:
         raise ValueError(f"D={sizes.D} with {sizes.S} statistics of a field: kernels='triton' takes up to {MAX_TILE} "
                          "elements of a token, its gradient and those of its statistics' vectors, D rounded up to a "
                          "power of 2; kernels='eager' takes any")
-    tokens = triton.next_power_of_2(max(sizes.K, sizes.head))
+    tokens = triton.next_power_of_2(max(sizes.K, sizes.CLS + sizes.N))
     return "tokenizer", kernel, tokens, block_d, sizes.S, "fp32" if dtype == torch.float32 else "half", architecture(cc)
 
 
