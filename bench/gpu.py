@@ -39,6 +39,7 @@ ALONE = {
     "training": ((*CHECKS, "--group", "training"), 120),
     "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 100),
     "speed step bf16": ((*SPEED, "--group", "step", "--dtype", "bf16"), 75),
+    "speed default step": ((*SPEED, "--group", "default step", "--dtype", "fp32"), 60),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
     "speed attention fp32": ((*SPEED, "--group", "attention", "--dtype", "fp32"), 75),
     "speed sparse_update": ((*SPEED, "--group", "sparse_update"), 50),

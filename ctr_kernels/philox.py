@@ -10,12 +10,12 @@ Specification. A map of `rows` x `width` elements is cut into groups of 32 colum
 with the 64-bit seed as key. One Philox call thus serves four elements whose columns are 8 apart, which
 is what both 8-lane CPU vectors and `tl.randint4x(seed, counter)` yield without a shuffle.
 Kept elements are scaled by 1 / (1 - p). For an attention map, row = (b * H + h) * F + query and column = key;
-for a hidden layer, row = token and column = hidden unit.
+for a hidden layer, row = token and column = hidden unit; for rows of a table, row = sample and column = field.
 """
 
 import torch
 
-from .library import NATIVE_ABSENT
+from .library import LIBRARY, NATIVE_ABSENT
 
 _MASK32 = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters worked on at a time, so that the ten rounds stay in the cache
@@ -70,6 +70,11 @@ def dropout_mask_torch(rows: int, width: int, dropout_p: float, seed: torch.Tens
         keep = (words >> 1) >= limit  # [n * 8, 4]
         mask[start:stop] = keep.view(-1, 8, 4).transpose(1, 2).reshape(-1, 32)
     return mask.view(rows, groups * 32)[:, :width]
+
+
+@torch.library.register_fake("ctr::dropout_mask", lib=LIBRARY)
+def _fake_mask(rows: int, width: int, threshold: int, seed: torch.Tensor) -> torch.Tensor:
+    return seed.new_empty((rows, width), dtype=torch.bool)
 
 
 def dropout_mask(rows: int, width: int, dropout_p: float, seed: torch.Tensor) -> torch.Tensor:

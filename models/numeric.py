@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ctr_kernels.tokenizer import History
+
 NUMERIC_MODES = ("token", "affine", "scaled", "periodic", "piecewise")
 FREQUENCIES, SIGMA = 16, 0.1  # of the periodic map
 
@@ -119,6 +121,11 @@ class FieldHistory(nn.Module):
         self.register_buffer("scale", torch.where(deviation > 0.0, 1.0 / deviation, 0.0))
         self.weight = nn.Parameter(torch.randn(num_statistics, num_fields, dim) * 0.1)
         self.bias = uniform_vectors(num_fields, dim)
+
+    @property
+    def parts(self) -> History:
+        """What `field_tokens` takes in place of this module."""
+        return History(self.weight, self.bias, self.mean, self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, num_statistics * num_fields] -> [B, num_fields, dim]."""

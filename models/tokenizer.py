@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable, field_tokens
 from ctr_kernels.backend import on_triton
+from ctr_kernels.philox import as_seed
 from ctr_kernels.sparse_update.table import check_ids
+from ctr_kernels.tokenizer.reference import NUMERIC, drop_rows
 
 from .checks import check_choice, check_dropout, check_inputs, check_positive
 from .numeric import NUMERIC_MODES, FieldHistory, Periodic, PiecewiseLinear, uniform_vectors
@@ -89,7 +90,7 @@ class FeatureTokenizer(nn.Module):
         history, history_moments: statistics of each field's value (see FieldHistory), in the history * num_sparse
             columns of `dense` behind the numeric features; they are added to the field's token.
         embedding_dropout: probability of leaving a field's row out of its token in training, the others scaled up;
-            the model then cannot lean on rows it has seen a few times only.
+            the model then cannot lean on rows it has seen a few times only. The mask is that of `field_tokens`.
         numeric_edges: bins of each numeric feature, for dense="piecewise".
         dense: "token": ONE token for all numeric features, Linear(num_dense, dim) (the baseline study).
             "affine": a token for each feature, x_j w_j + b_j (FT-Transformer).
@@ -161,17 +162,18 @@ class FeatureTokenizer(nn.Module):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, width], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
         check_inputs(dense, sparse, self.width, self.num_sparse)
-        table, kernels = self.embedding.table.weight, self.embedding.table.kernels
-        drops = self.training and self.embedding_dropout > 0.0
-        plain = self.dense == "token" and self.history is None and not drops
-        if plain and on_triton(kernels, table.device, "field_tokens", table.dtype):
-            linear = self.dense_token
-            return field_tokens(table, self.embedding.rows(sparse), dense.to(table.dtype), linear.weight, linear.bias,
-                                self.cls, self.field_bias, kernels="triton")
-        dense = dense.to(self.embedding.table.lookup_dtype)
+        table = self.embedding.table
+        dense = dense.to(table.lookup_dtype)
+        dropout_p = self.embedding_dropout if self.training else 0.0
+        if self._is_fused():
+            weight, bias = self._numeric_vectors()
+            history = None if self.history is None else self.history.parts
+            return field_tokens(table.weight, self.embedding.rows(sparse), dense, weight, bias, self.cls,
+                                self.field_bias, numeric=self.dense, history=history, dropout_p=dropout_p,
+                                kernels="triton")
         categorical = self.embedding(sparse)
-        if drops:
-            categorical = F.dropout1d(categorical, self.embedding_dropout)  # whole rows [dim] of the [B, fields, dim]
+        if dropout_p > 0.0:
+            categorical = drop_rows(categorical, dropout_p, as_seed(None, categorical.device))
         if self.history is not None:
             categorical = categorical + self.history(dense[:, self.num_dense:])
         if self.field_bias is not None:
@@ -180,6 +182,19 @@ class FeatureTokenizer(nn.Module):
         if self.cls is not None:
             tokens.insert(0, self.cls.expand(dense.shape[0], 1, -1))
         return torch.cat(tokens, dim=1)
+
+    def _is_fused(self) -> bool:
+        """Whether one operation makes the tokens: where Triton runs it, and lookups have the parameters' dtype."""
+        table = self.embedding.table
+        if self.dense not in NUMERIC or self._numeric_vectors()[0].dtype != table.lookup_dtype:
+            return False
+        return on_triton(table.kernels, table.weight.device, "field_tokens", table.lookup_dtype)
+
+    def _numeric_vectors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of "token", "affine" or "scaled"."""
+        if self.dense == "token":
+            return self.dense_token.weight, self.dense_token.bias
+        return self.dense_weight, self.dense_bias
 
     def _numeric(self, dense: torch.Tensor) -> torch.Tensor:
         if self.dense == "token":

@@ -14,8 +14,10 @@ from torch import nn
 
 from ctr_kernels import EmbeddingTable, TransformerLayer, ffn, field_attention
 from ctr_models import MODELS
+from ctr_models.tokenizer import FeatureTokenizer
 from ctr_train.optim import EMBEDDING_OPTIMIZERS, make_optimizers, update
 
+STATISTICS = 2  # of a field's history
 LAYERS: dict[str, dict[str, Any]] = {"ft": {"ffn_dim": 256, "norm": "pre", "activation": "gelu"},
                                      "autoint": {"ffn_dim": 128, "norm": "post", "activation": "relu"}}
 
@@ -53,12 +55,13 @@ def optimizers_of(model: nn.Module, kernels: str) -> list[torch.optim.Optimizer]
 def tuning(scale: Scale) -> None:
     """Every kernel at the shapes of training, those of the recipe `small` too: with CTR_KERNELS_AUTOTUNE=1 this prints
     lines for the launch tables. A rehearsal times one call of each candidate, for what that is worth."""
-    shortcut = {"numeric": "affine", "shortcut": "cross"}
-    variants = {"dcnv2": {"numeric": "affine"}, "autoint": shortcut, "ft": shortcut}
+    tokens = {"numeric": "affine", "history": STATISTICS, "embedding_dropout": 0.2}
+    variants = {"dcnv2": tokens, **dict.fromkeys(("autoint", "ft"), {**tokens, "shortcut": "cross"})}
     with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_autotune._milliseconds", one_call):
         update_rows(scale, scale.batch)  # before the models, whose tables are tiny: their launches are chosen here
         for precision in scale.choose(list(DTYPES)):
             run_kernels(scale, precision, [(scale.batch, 27), (scale.batch, 28)])
+            run_tokens(scale, precision, scale.batch)
         run_models(scale, scale.batch, variants if scale.is_gpu else {})
 
 
@@ -97,7 +100,24 @@ def run_kernels(scale: Scale, precision: str, shapes: list[tuple[int, int]]) -> 
             assert y.isfinite().all()
 
 
-def run_models(scale: Scale, batch: int, variants: dict[str, dict[str, str]]) -> None:
+def run_tokens(scale: Scale, precision: str, batch: int) -> None:
+    """The tokens of the recipe `small` both ways, as FT-Transformer and AutoInt have them."""
+    with arithmetic(precision, scale) as dtype:
+        tokenizer = FeatureTokenizer(num_embeddings=100, dim=64, dense="affine", history=STATISTICS,
+                                     embedding_dropout=0.2, kernels="triton").to(scale.device, dtype)
+        rows = random_batch(batch, 100, 0).to_device(scale.device)
+        tokens = tokenizer(with_history(rows).dense, rows.sparse)
+        tokens.backward(torch.randn_like(tokens))
+        assert all(parameter.grad.to_dense().isfinite().all() for parameter in tokenizer.parameters())
+
+
+def with_history(batch: Batch) -> Batch:
+    """The batch with statistics of its fields behind the numbers."""
+    past = torch.rand(len(batch.dense), STATISTICS * FIELDS, device=batch.dense.device)
+    return batch._replace(dense=torch.cat([batch.dense, past], dim=1))
+
+
+def run_models(scale: Scale, batch: int, variants: dict[str, dict[str, Any]]) -> None:
     """Two steps of the models, and of their variants."""
     forms = [(name, form) for name in (MODELS if scale.is_gpu else ("dcnv2",)) for form in ({}, variants.get(name))]
     for model_name, form in forms:
@@ -106,7 +126,8 @@ def run_models(scale: Scale, batch: int, variants: dict[str, dict[str, str]]) ->
         model = MODELS[model_name](num_embeddings=100, kernels="triton", **form).to(scale.device)
         optimizers = optimizers_of(model, "triton")
         for i in range(2):
-            update(model, optimizers, random_batch(batch, 100, i).to_device(scale.device), precision="fp32")
+            rows = random_batch(batch, 100, i).to_device(scale.device)
+            update(model, optimizers, with_history(rows) if form else rows, precision="fp32")
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -116,4 +137,5 @@ LAUNCHES: dict[str, Callable[[Scale], None]] = {
     "row updates": lambda scale: update_rows(scale, 3),
     "models": lambda scale: run_models(scale, 3, {}),
     **{f"kernels {p}": lambda scale, p=p: run_kernels(scale, p, SMALL) for p in ("fp32", "bf16")},
+    **{f"tokens {p}": lambda scale, p=p: run_tokens(scale, p, 3) for p in ("fp32", "bf16")},
 }

@@ -28,7 +28,7 @@ from ctr_kernels.ffn.reference import ffn_reference
 from ctr_kernels.philox import dropout_mask, dropout_mask_torch
 from ctr_kernels.sparse_update.reference import update_reference
 from ctr_kernels.sparse_update.rule import RowState, Rule
-from ctr_kernels.tokenizer.reference import field_tokens_reference
+from ctr_kernels.tokenizer import History
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A TF32 product has inputs of 11 bits; PyTorch may compute small ones in fp32, which bounds no error of TF32.
@@ -163,21 +163,27 @@ def cross(scale: Scale, precision: str) -> None:
 
 
 def tokens(scale: Scale, precision: str) -> None:
-    """Lookup and tokens with and without CLS and field biases; of the table the gradients of its rows."""
+    """The baseline study's tokens, with a bias for each field, and the default recipe's; of the table the gradients of
+    its rows."""
     rows, dim = scale.table_rows, 64
     with arithmetic(precision, scale) as dtype:
-        for with_cls, biased in ((True, False), (False, True)):
+        for numeric, statistics, dropout_p, biased in (("token", 0, 0.0, False), ("affine", 2, 0.2, False),
+                                                       ("affine", 0, 0.0, True)):
             ids = torch.randint(rows, (scale.batch, FIELDS), device=scale.device)
-            sizes = [(rows, dim), (scale.batch, DENSE), (dim, DENSE), (dim,), (dim,) if with_cls else None,
-                     (FIELDS, dim) if biased else None]
+            vectors, past = (DENSE, dim), statistics * FIELDS
+            sizes = [(rows, dim), (scale.batch, DENSE + past), (dim, DENSE) if numeric == "token" else vectors,
+                     (dim,) if numeric == "token" else vectors, None if statistics else (dim,),
+                     (FIELDS, dim) if biased else None,
+                     *([(statistics, FIELDS, dim), (FIELDS, dim), (past,), (past,)] if statistics else [])]
             inputs = [None if size is None else torch.randn(size).to(scale.device, dtype) for size in sizes]
-            grad = torch.randn(scale.batch, FIELDS + 1 + with_cls, dim, device=scale.device) / scale.batch**0.5
+            count = FIELDS + (1 if numeric == "token" else DENSE) + (statistics == 0)
+            grad = torch.randn(scale.batch, count, dim, device=scale.device) / scale.batch**0.5
             results = []
-            for function, kind in ((lambda *t: field_tokens(*t, kernels="triton"), dtype),
-                                   (field_tokens_reference, dtype), (field_tokens_reference, torch.float64)):
-                leaves = [None if t is None else t.to(kind).requires_grad_() for t in inputs]
-                out = function(leaves[0], ids, *leaves[1:])
-                table, *grads = torch.autograd.grad(out, [t for t in leaves if t is not None], grad.to(kind))
+            for kernels, kind in (("triton", dtype), ("eager", dtype), ("eager", torch.float64)):
+                leaves = [None if t is None else t.to(kind).requires_grad_(i < 8) for i, t in enumerate(inputs)]
+                out = field_tokens(leaves[0], ids, *leaves[1:6], numeric=numeric, dropout_p=dropout_p, seed=SEED,
+                                   history=History(*leaves[6:]) if statistics else None, kernels=kernels)
+                table, *grads = torch.autograd.grad(out, [t for t in leaves[:8] if t is not None], grad.to(kind))
                 results.append([out.detach(), table._values(), *grads])
             assert_parity(*results, UNITS.get(precision, FP32_UNIT))
 

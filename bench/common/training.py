@@ -2,14 +2,20 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable, SparseSGD
 from ctr_models import CTRModel
+from ctr_train.checkpoint import build_model
+from ctr_train.data.artifacts import Artifacts
+from ctr_train.optim import make_optimizers
+from ctr_train.recipes import DEFAULT, resolve_recipe
 
 NUM_EMBEDDINGS = 2_000_000
+STATISTICS = Artifacts(history=True).num_statistics  # of each field, in rows prepared for the default recipe
 WEIGHT_DECAY = 0.01
 
 
@@ -32,6 +38,22 @@ def _on_cuda(model: CTRModel) -> bool:
     return next(model.parameters()).device.type == "cuda"
 
 
+def default_recipe(name: str, **overrides: Any) -> dict[str, Any]:
+    """What `ctr-train --model NAME` trains with: the name and the hyperparameters of the default recipe."""
+    return {"model": name, **resolve_recipe(DEFAULT, name, overrides)}
+
+
+def recipe_model(config: dict[str, Any], kernels: str, num_embeddings: int) -> CTRModel:
+    """The model of such a config for rows with two statistics of each field behind their 13 numbers."""
+    return build_model(config, Artifacts(hash_bins=num_embeddings, history=True), kernels)
+
+
+def recipe_optimizers(model: CTRModel, config: dict[str, Any], kernels: str) -> list[torch.optim.Optimizer]:
+    """The optimizers that `ctr-train` makes: of the tables, and AdamW of the rest."""
+    names = ("embedding_optimizer", "embedding_lr", "embedding_weight_decay", "lr", "weight_decay")
+    return make_optimizers(model, kernels=kernels, **{name: config[name] for name in names})
+
+
 def training_step(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], compiled: bool,
                   batch: Sequence[torch.Tensor], precision: torch.dtype) -> Callable[[], list[torch.Tensor]]:
     """A call that takes one step on (dense, sparse, label) and returns the loss; in autocast below fp32."""
@@ -50,7 +72,7 @@ def training_step(model: CTRModel, optimizers: Sequence[torch.optim.Optimizer], 
     return run
 
 
-def random_batch(rows: int, device: torch.device) -> list[torch.Tensor]:
-    """dense [B, 13], ids [B, 26] uniform over the table, labels [B]."""
-    dense, sparse = torch.rand(rows, 13), torch.randint(NUM_EMBEDDINGS, (rows, 26))
+def random_batch(rows: int, device: torch.device, statistics: int = 0) -> list[torch.Tensor]:
+    """dense [B, 13 + 26 statistics], ids [B, 26] uniform over the table, labels [B]."""
+    dense, sparse = torch.rand(rows, 13 + 26 * statistics), torch.randint(NUM_EMBEDDINGS, (rows, 26))
     return [x.to(device) for x in (dense, sparse, (torch.rand(rows) < 0.25).float())]

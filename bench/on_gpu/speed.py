@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -22,16 +23,17 @@ import step
 from common.harness import Floors, Row, forward, forward_backward, measure_floors, measure_pairs, time_row
 from common.options import DTYPES, Settings
 from common.records import Machine, write_json
-from common.training import WEIGHT_DECAY
+from common.training import STATISTICS, WEIGHT_DECAY, default_recipe, recipe_model, recipe_optimizers
 
-from ctr_models import MODELS
+from ctr_models import MODELS, CTRModel
 from ctr_train.command import run_command
 from ctr_train.data.loader import Batch
 from ctr_train.graph import CudaRecorder, GraphedStep
-from ctr_train.optim import make_optimizers, update
+from ctr_train.optim import update
 
 Function = Callable[[], object]
 SLOW = ("compile max-autotune", "flex_attention", "compile sdpa")
+TIMED = ("ours", "ours, launch by launch", "eager", "compile", "compile with CUDA graphs")  # of every step
 LAUNCHED = "not as a CUDA graph: "
 
 
@@ -147,20 +149,58 @@ def built(make: Callable[[], Function]) -> Function:
 
 
 def training_step(s: Settings) -> Iterator[Group]:
-    """FT-Transformer without dropout, for which eager PyTorch has a cheaper mask than our reference.
+    """FT-Transformer as the baseline study has it, without dropout: see `steps`."""
+    study = {"embedding_optimizer": "sgd", "embedding_lr": 0.01, "embedding_weight_decay": 0.0, "lr": 1e-3,
+             "weight_decay": WEIGHT_DECAY}
+
+    def fresh(kernels: str) -> CTRModel:
+        return MODELS["ft"](num_embeddings=table_rows(s), dropout=0.0, kernels=kernels)
+
+    yield Group("step ft", "training step", f"B={s.batch} {s.precision}",
+                steps(s, fresh, study, step.random_batch(s.batch, s.device), [*TIMED, "compile max-autotune"]),
+                70e9 * s.batch / 4096, 0.0)
+
+
+def default_step(s: Settings) -> Iterator[Group]:
+    """FT-Transformer as `ctr-train` trains it by default: its tokens, shortcut, optimizers and batch. Dropout has ours
+    alone, beside ours without."""
+    without, config = (default_recipe("ft", **drops) for drops in ({"dropout": 0.0, "embedding_dropout": 0.0}, {}))
+    rows = config["batch_size"] if s.device.type == "cuda" else s.batch
+    batch = step.random_batch(rows, s.device, STATISTICS)
+
+    def of(config: dict[str, Any], providers: Sequence[str]) -> dict[str, Function]:
+        return steps(s, lambda kernels: recipe_model(config, kernels, table_rows(s)), config, batch, providers)
+
+    functions = of(without, [*TIMED, "eager bf16"]) | {"ours, with dropout": of(config, ["ours"])["ours"]}
+    yield Group("default step ft", "training step", f"B={rows} {s.precision}", functions, 0.0, 0.0)
+
+
+def table_rows(s: Settings) -> int:
+    return step.NUM_EMBEDDINGS if s.device.type == "cuda" else 2000
+
+
+def steps(s: Settings, fresh: Callable[[str], CTRModel], config: dict[str, Any],
+          tensors: list[torch.Tensor], providers: Sequence[str]) -> dict[str, Function]:
+    """Whole steps on one batch, without dropout, for which eager PyTorch has a cheaper mask than our reference.
 
     "ours" is the training loop's step: the graph, the copies into it, rowwise updates. The graphs of `torch.compile`
     are its own: forward and backward, without the optimizers.
+
+    Args:
+        fresh: makes the model with given kernels. config: settings of its optimizers, for `recipe_optimizers`.
+        tensors: dense, sparse, label. providers: names of those to make.
     """
-    gpu = s.device.type == "cuda"
-    rows, precision = (step.NUM_EMBEDDINGS if gpu else 2000), ("bf16" if s.precision == "bf16" else "fp32")
-    dense, sparse, label = step.random_batch(s.batch, s.device)
-    batch = Batch(dense, sparse.remainder(rows).int(), label)
+    gpu, precision = s.device.type == "cuda", "bf16" if s.precision == "bf16" else "fp32"
+    dense, sparse, label = tensors
+    batch = Batch(dense, sparse.remainder(table_rows(s)).int(), label)
+
+    def made(kernels: str) -> tuple[CTRModel, list[torch.optim.Optimizer]]:
+        torch.manual_seed(0)
+        model = fresh(kernels).to(s.device)
+        return model, recipe_optimizers(model, config, kernels)
 
     def ours(graph: bool) -> Function:
-        model, optimizers = fresh("auto"), []
-        optimizers += make_optimizers(model, embedding_optimizer="sgd", embedding_lr=0.01, lr=1e-3,
-                                      weight_decay=WEIGHT_DECAY, kernels="auto")
+        model, optimizers = made("auto")
 
         def plain(batch: Batch) -> torch.Tensor:
             return update(model, optimizers, batch, precision=precision)
@@ -168,32 +208,26 @@ def training_step(s: Settings) -> Iterator[Group]:
         run = GraphedStep(plain, optimizers, CudaRecorder(s.device), lambda: None) if graph and gpu else plain
         return lambda: run(batch)
 
-    def fresh(kernels: str) -> torch.nn.Module:
-        torch.manual_seed(0)
-        return MODELS["ft"](num_embeddings=rows, dropout=0.0, kernels=kernels).to(s.device)
-
-    def rival(mode: str | None) -> Function:
-        model = fresh("eager")
-        optimizers = step.optimizers_of(model, "rows", "eager")
+    def rival(mode: str | None, dtype: torch.dtype = s.dtype) -> Function:
+        model, optimizers = made("eager")
         forward_of = model if mode is None else torch.compile(model, mode=mode, dynamic=False)
-        run = step.training_step(forward_of, optimizers, False, batch, s.dtype)
+        run = step.training_step(forward_of, optimizers, False, batch, dtype)
         return lambda: run()[0]
 
-    yield Group("step ft", "training step", f"B={s.batch} {s.precision}",
-                {name: built(make) for name, make in {
-                    "ours": lambda: ours(True), "ours, launch by launch": lambda: ours(False),
-                    "eager": lambda: rival(None), "compile": lambda: rival("default"),
-                    "compile with CUDA graphs": lambda: rival("reduce-overhead"),
-                    "compile max-autotune": lambda: rival("max-autotune")}.items()}, 70e9 * s.batch / 4096, 0.0)
+    makers = {"ours": lambda: ours(True), "ours, launch by launch": lambda: ours(False), "eager": lambda: rival(None),
+              "eager bf16": lambda: rival(None, torch.bfloat16), "compile": lambda: rival("default"),
+              "compile with CUDA graphs": lambda: rival("reduce-overhead"),
+              "compile max-autotune": lambda: rival("max-autotune")}
+    return {name: built(makers[name]) for name in providers}
 
 
 GROUPS = {"attention": attention, "ffn": feed_forward, "layer": whole_layer, "sparse_update": row_updates,
-          "step": training_step}
+          "step": training_step, "default step": default_step}
 
 
 def turn_of(provider: str, group: str) -> int:
     """When a provider is timed: 0 first, 2 last."""
-    return 2 if provider in SLOW else int(group == "step" and "compile" in provider)
+    return 2 if provider in SLOW else int(group.endswith("step") and "compile" in provider)
 
 
 @click.command()
@@ -218,7 +252,7 @@ def main(name: str, precision: str, json: Path, rehearse: bool) -> None:
                 wanted.insert(0, next(iter(group.functions)))  # ours, to be compared with again
             if not wanted:
                 continue
-            if name == "step":
+            if name.endswith("step"):
                 rows += measure_steps(group, wanted, device, floors)
             else:
                 rows += measure(group, wanted, device, floors)

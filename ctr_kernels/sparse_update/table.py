@@ -90,18 +90,28 @@ class EmbeddingTable(nn.Module):
         backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
         if ids.device.type == "cpu" and backend != "native":
             check_ids(ids, self.num_rows)
-        dtype = self.lookup_dtype
-        if backend == "eager" and dtype == weight.dtype:
-            return F.embedding(ids, weight, sparse=True)
-        trains = weight.requires_grad and torch.is_grad_enabled()
-        if trains and dtype != weight.dtype and weight.grad_dtype != dtype:
-            weight.grad_dtype = dtype  # or autograd would round the rows to the table's dtype
-        indices = ids.reshape(1, -1).long()
-        plan = start_plan(weight, indices) if trains and backend == "triton" else None
-        return _Lookup.apply(weight, ids, indices, plan, backend, dtype)
+        return lookup(weight, ids, self.lookup_dtype, backend)
 
     def extra_repr(self) -> str:
         return f"{self.num_rows}, {self.dim}, dtype={self.weight.dtype}, kernels={self.kernels!r}"
+
+
+def lookup(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """weight[ids] in `dtype`, [..., dim], by a backend that was resolved; the gradient's rows have that dtype, too."""
+    if backend == "eager" and dtype == weight.dtype:
+        return F.embedding(ids, weight, sparse=True)
+    indices = ids.reshape(1, -1).long()
+    trains = wants_rows(weight, dtype)
+    plan = start_plan(weight, indices) if trains and backend == "triton" else None
+    return _Lookup.apply(weight, ids, indices, plan, backend, dtype)
+
+
+def wants_rows(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a lookup in `weight` will have a gradient; its rows may then be of `dtype`, whatever the table's."""
+    trains = weight.requires_grad and torch.is_grad_enabled()
+    if trains and dtype != weight.dtype and weight.grad_dtype != dtype:
+        weight.grad_dtype = dtype  # or autograd would round the rows to the table's dtype
+    return trains
 
 
 def _new_memory(table: torch.Tensor) -> torch.Tensor:

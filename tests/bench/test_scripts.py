@@ -80,11 +80,37 @@ def test_steps(run, monkeypatch: pytest.MonkeyPatch) -> None:
     step, training = importlib.import_module("step"), importlib.import_module("common.training")
     for module in (step, training):
         monkeypatch.setattr(module, "NUM_EMBEDDINGS", 500)
-    providers = "ours,eager,eager + AdamW on all"
+    providers = "ours,eager,eager bf16,eager + AdamW on all"
     rows = run("step", *SMALL, "--providers", providers)
+    models = ("ft", "autoint", "dcnv2")
     assert [(row.kernel, row.provider) for row in rows] == [
-        (f"step {model}", name) for model in ("ft", "autoint", "dcnv2") for name in providers.split(",")]
+        *((f"default step {model}", name) for model in models for name in ("ours", "eager", "eager bf16")),
+        *((f"step {model}", name) for model in models for name in ("ours", "eager", "eager + AdamW on all"))]
     assert all(row.rows_per_s == pytest.approx(8e3 / row.p50) and row.memory_mb for row in rows)
+    assert {row.x for row in rows} == {"B=8 fp32"}
+
+
+def test_the_step_of_the_default_recipe_is_the_one_of_ctr_train(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batch, unless one is given; tokens, shortcut, pooling, dropout and optimizers."""
+    step, training = importlib.import_module("step"), importlib.import_module("common.training")
+    for module in (step, training):
+        monkeypatch.setattr(module, "NUM_EMBEDDINGS", 500)
+    rows = run("step", "--device", "cpu", "--threads", "1", "--providers", "ours", "--models", "dcnv2", "--recipe",
+               "default")
+    assert [(row.kernel, row.x) for row in rows] == [("default step dcnv2", "B=512 fp32")]
+    config = training.default_recipe("ft")
+    model = training.recipe_model(config, "eager", 500)
+    tables, others = training.recipe_optimizers(model, config, "eager")
+    assert type(tables).__name__ == "SparseRowwiseAdagrad" and tables.param_groups[0]["lr"] == config["embedding_lr"]
+    assert others.param_groups[0]["weight_decay"] == config["weight_decay"]
+    assert model.tokenizer.num_tokens == 39 and model.tokenizer.embedding_dropout == config["embedding_dropout"] > 0
+    assert model.pooling == "mean" and model.shortcut is not None and model.layers[0].dropout == config["dropout"]
+    assert training.random_batch(3, torch.device("cpu"), training.STATISTICS)[0].shape == (3, model.tokenizer.width)
+
+
+def test_steps_name_an_unknown_recipe() -> None:
+    result = CliRunner().invoke(importlib.import_module("step").main, ["--recipe", "full"])
+    assert result.exit_code == 2 and "'full' is not one of default, study" in result.output
 
 
 def test_memory_computed_and_measured(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,9 @@ def test_the_rate() -> None:
     kept = dropout_mask(4000, 64, 0.3, torch.tensor([11])).float()
     assert kept.mean().item() == pytest.approx(0.7, abs=0.005)
     assert kept.mean(dim=0).min() > 0.65  # no column is favoured
+
+
+def test_torch_compile_takes_the_mask_into_its_graph() -> None:
+    """What is compared with torch.compile is not broken into pieces at each dropout."""
+    explained = torch._dynamo.explain(lambda seed: dropout_mask(6, 26, 0.3, seed).float() * 2.0)(torch.tensor([1]))
+    assert explained.graph_break_count == 0, explained.break_reasons

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
+from ctr_kernels import field_tokens
+from ctr_models import MODELS
+from ctr_models import tokenizer as tokenizer_module
 from ctr_models.tokenizer import FeatureTokenizer, FieldEmbedding
+from ctr_train.checkpoint import build_model
+from ctr_train.data.artifacts import Artifacts
+from ctr_train.recipes import DEFAULT, resolve_recipe
 
 
 def test_tokens_are_cls_numeric_categorical_in_this_order(make_batch):
@@ -109,3 +115,40 @@ def test_bad_settings_are_quoted():
         FeatureTokenizer(num_embeddings=1000, dim=8, num_dense=0)
     with pytest.raises(ValueError, match="num_embeddings=25 leaves no row for each of 26 fields"):
         FeatureTokenizer(num_embeddings=25, dim=8, tables="per-field")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_recipe_has_its_tokens_from_one_operation(make_batch, monkeypatch, name):
+    """Where Triton serves; here the operation computes in plain PyTorch."""
+    config = {"model": name, **resolve_recipe(DEFAULT, name, {})}
+    model = build_model({**config, "embedding_dtype": "bf16"}, Artifacts(hash_bins=1000, history=True), "auto")
+    dense, sparse = make_batch(4, num_dense=model.tokenizer.width)
+    torch.manual_seed(1)
+    composed = model.tokenizer(dense, sparse)
+    calls = []
+
+    def fused(*tensors, **options):
+        calls.append(options.pop("kernels"))
+        return field_tokens(*tensors, **options, kernels="eager")
+
+    monkeypatch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+    monkeypatch.setattr(tokenizer_module, "field_tokens", fused)
+    torch.manual_seed(1)
+    tokens = model.tokenizer(dense, sparse)
+    assert calls == ["triton"] and tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens, composed)
+    tokens.sum().backward()
+    assert all(p.grad is not None for p in model.tokenizer.parameters())
+    assert model.tokenizer.embedding.table.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"dense": "periodic"}, {"dense": "piecewise", "numeric_edges": [[0.0, 1.0]] * 13},
+                                      {"dense": "affine"}], ids=lambda settings: settings["dense"])
+def test_what_the_operation_does_not_have_is_composed(make_batch, monkeypatch, settings):
+    """Maps of numbers that it does not know, and parameters of another dtype than the lookups."""
+    tokenizer = FeatureTokenizer(num_embeddings=1000, dim=8, **settings)
+    if settings["dense"] == "affine":
+        tokenizer.double().embedding.table.float()
+    monkeypatch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+    monkeypatch.setattr(tokenizer_module, "field_tokens", None)
+    assert tokenizer(*make_batch(2)).shape == (2, 39, 8)
