@@ -25,7 +25,7 @@ $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
 	@touch $@
 
 train: setup
-	$(BIN)/ctr-train --model ft --recipe demo --out runs/ft-demo --skip-if-done
+	$(BIN)/ctr-train --model ft --out runs/ft --skip-if-done
 
 test: setup
 	$(BIN)/python -m pytest

@@ -8,7 +8,7 @@ from .data.meter import prepare_with_meter
 from .data.synth import write_synthetic
 from .recipes import DEFAULT, preparation_of
 
-ROWS = 500_000
+ROWS = 200_000
 SEED = 1
 HASH_BINS = 200_000  # a smaller table than Criteo's: the rows hold fewer distinct values
 

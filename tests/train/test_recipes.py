@@ -115,7 +115,7 @@ def test_a_recipe_owns_its_preparation():
 
 
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(UserError, match="recipe 'best': choose one of auto, small, full, demo, baseline-v1"):
+    with pytest.raises(UserError, match="recipe 'best': choose one of auto, small, full, baseline-v1"):
         resolve_recipe("best", "ft", {})
 
 
