@@ -100,13 +100,13 @@ SMALL_ROWS = 5_000_000  # up to so many training rows `auto` is `small`, beyond 
 
 # Each is explained, with what it was compared with, in docs/recipes.md.
 RECIPES: dict[str, Recipe] = {
-    # Up to a few million rows. Two passes, in which the history teaches and the rows of the tables can hardly learn
-    # single rows by heart: they move slowly, and a fifth of them is left out. Without history the tables have to teach,
-    # in one pass.
+    # Up to a few million rows. Two or three passes, in which the history teaches and the rows of the tables can hardly
+    # learn single rows by heart: they move slowly, and a fifth of them is left out. Without history the tables have to
+    # teach, in one pass.
     "small": Recipe(epochs=2, batch_size=512, min_steps=100, lr=4e-3, embedding_lr=0.005, schedule="linear", warmup=0.1,
                     dropout=0.3, embedding_dropout=0.2, numeric="affine", calibration_rows=1_000_000,
                     preparation=Preparation(min_count=10, history=True, folds=FOLDS),
-                    by_model={"autoint": {"shortcut": "cross"},
+                    by_model={"dcnv2": {"epochs": 3}, "autoint": {"shortcut": "cross"},
                               "ft": {"lr": 2e-3, "shortcut": "cross", "pooling": "mean"}},
                     without_history={"epochs": 1, "embedding_lr": 0.05, "embedding_dropout": 0.0}, **_WATCHED),
     # The 45 million rows of Criteo in one pass: reasoned from the others, not measured. Rows come often enough for a
