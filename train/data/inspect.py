@@ -52,9 +52,12 @@ def report(found: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
-    yield (f"protocol {found['protocol']} version {found['version']}, {found['hash_bins']:,} hash bins, "
-           f"{'with' if found['missing_indicator'] else 'no'} missing indicators, split {found['split']}, min count "
-           f"{found['min_count']}, {'with' if found['history'] else 'no'} history")
+    history = f"history of {found['folds']} folds" if found["folds"] else "history in the order of the file"
+    table = found["values"]["table_rows"] if found["min_count"] > 1 else found["hash_bins"]
+    yield (f"prepared for recipe {found['recipe'] or '-'}: protocol {found['protocol']} version {found['version']}, "
+           f"{found['hash_bins']:,} hash bins, {'with' if found['missing_indicator'] else 'no'} missing indicators, "
+           f"split {found['split']}, min count {found['min_count']}, {history if found['history'] else 'no history'}; "
+           f"a table of {table:,} rows")
     for source in found["sources"]:
         yield f"source {source['file']}: {source['rows']:,} lines, {source['bytes']:,} bytes"
     if found["skipped_lines"]:

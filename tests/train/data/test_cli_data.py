@@ -10,9 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from raw_lines import features
 
 from ctr_train.data.artifacts import Artifacts
+from ctr_train.data.dataset import open_split
+from ctr_train.data.protocol import HASH_BINS, is_validation
+from ctr_train.recipes import DEFAULT, preparation_of
 
 BAD = 700  # index of the bad line, from 0: enough good lines before it
 MANY = 60  # copies of the 1,000 lines where a run must take a while
@@ -151,6 +156,26 @@ def test_an_empty_directory_and_an_older_one_are_filled(ctr_data, tmp_path, raw)
         assert Artifacts.load(tmp_path / "out").hash_bins == bins
         assert names(tmp_path) == ["out", "raw.tsv"]
         assert names(tmp_path / "out") == ["artifacts.json", "gold.arrow", "train.arrow", "valid.arrow", "values.arrow"]
+
+
+def test_a_recipe_owns_the_preparation_and_options_override_it(ctr_data, tmp_path, raw, lines):
+    """Without --recipe the default recipe's; the study's is the protocol, bit for bit."""
+    assert ctr_data("prepare", "--input", raw, "--out", "default").returncode == 0
+    assert ctr_data("prepare", "--input", raw, "--out", "study", "--recipe", "baseline-v1").returncode == 0
+    assert ctr_data("prepare", "--input", raw, "--out", "own", "--no-history", "--min-count", 3).returncode == 0
+    default, study, own = (Artifacts.load(tmp_path / name) for name in ("default", "study", "own"))
+    assert preparation_of(DEFAULT).is_that_of(default) and default.recipe == DEFAULT
+    assert (study.recipe, study.history, study.min_count, study.num_dense) == ("baseline-v1", False, 1, 13)
+    assert study.values == {}
+    assert (own.recipe, own.history, own.min_count) == (DEFAULT, False, 3)
+    train = np.flatnonzero(~is_validation(np.arange(len(lines))))
+    label, dense, sparse = zip(*(features(lines[i], HASH_BINS) for i in train), strict=True)
+    rows = open_split(tmp_path / "study", "train").slice(0, len(lines))
+    assert rows.label.tolist() == list(label) and rows.sparse.tolist() == list(sparse)
+    np.testing.assert_array_equal(rows.dense, np.array(dense, dtype=np.float32))
+    shown = [ctr_data("inspect", name).stdout.splitlines()[0] for name in ("default", "study")]
+    assert shown[0].startswith("prepared for recipe auto: ") and "history of 10 folds; a table of " in shown[0]
+    assert shown[1].endswith("no history; a table of 2,000,000 rows")
 
 
 def test_a_full_disk_leaves_the_older_data(ctr_data, tmp_path, raw):
