@@ -158,7 +158,8 @@ def resolve_recipe(name: str, model: str, overrides: Mapping[str, Any], facts: F
     if given.get("validation_share") == 0.0:  # nothing watches the run
         given.setdefault("eval_every", 0.0)
         given.setdefault("patience", 0)
-    resolved = replace(recipe, **{**recipe.by_model.get(model, {}), **({} if facts.history else recipe.without_history)})
+    own = {**recipe.by_model.get(model, {}), **({} if facts.history else recipe.without_history)}
+    resolved = replace(recipe, **own)
     if "batch_size" not in given:
         resolved = replace(resolved, **fit_batch(name, resolved.batch_size, resolved.lr, facts))
     resolved = replace(resolved, **given)
