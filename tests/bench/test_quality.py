@@ -47,12 +47,12 @@ def test_the_table_is_sorted_and_says_how_much_of_the_gap_is_closed() -> None:
 def test_a_run_from_raw_rows_to_json_and_picture(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "raw.tsv", rows=3000, seed=1)
     arguments = ["--data", tmp_path / "raw.tsv", "--seeds", "1", "--hash-bins", "500", "--work", tmp_path / "work",
-                 "--providers", "logistic regression;DCNv2, small", "--json", tmp_path / "q.json",
+                 "--providers", "DCNv2, no options;logistic regression;DCNv2, auto", "--json", tmp_path / "q.json",
                  "--plot", tmp_path / "q.png"]
     result = CliRunner().invoke(quality.main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     content = json.loads((tmp_path / "q.json").read_text())
-    assert [row["provider"] for row in content["rows"]] == ["logistic regression", "DCNv2, small"]
+    assert [row["provider"] for row in content["rows"]] == ["DCNv2, no options", "logistic regression", "DCNv2, auto"]
     for row in content["rows"]:
         assert 0.4 < row["logloss"][0] < 0.8 and row["memory_mb"][0] > 50
     assert 0.3 < content["best_possible"] < content["rows"][0]["logloss"][0]
@@ -65,4 +65,4 @@ def test_an_unknown_provider_is_named(tmp_path: Path) -> None:
     write_synthetic(tmp_path / "raw.tsv", rows=500, seed=1)
     result = CliRunner().invoke(quality.main, ["--data", str(tmp_path / "raw.tsv"), "--work", str(tmp_path / "work"),
                                                "--hash-bins", "50", "--providers", "XGBoost"])
-    assert "'XGBoost' is not one of LightGBM" in str(result.exception)
+    assert "'XGBoost' is not one of DCNv2, no options" in str(result.exception)
