@@ -179,8 +179,8 @@ def draw(found: Sequence[Quality], best: float | None, title: str, path: Path) -
 @click.option("--data", "source", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="Raw labelled rows; the last share of them is the test part.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="0 to that, less one.")
-@click.option("--other-seeds", type=click.IntRange(min=1), default=1, show_default=True, help="The same for preparations "
-              "that the default recipe does not want, and for baseline-v1.")
+@click.option("--other-seeds", type=click.IntRange(min=1), default=1, show_default=True, help="The same for "
+              "preparations that the default recipe does not want, and for baseline-v1.")
 @click.option("--test-ratio", type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True), default=0.2,
               show_default=True, help="Share of the lines, at the end, that nothing is trained on.")
 @click.option("--hash-bins", type=click.IntRange(min=1), default=HASH_BINS, show_default=True, help="Of prepared rows; "
