@@ -107,7 +107,7 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t fields, floa
 
 // s.p and s.inverse as softmax_columns leaves them; s.mask where dropping.
 inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
-                          AttentionScratch& s) {
+                          AttentionScratch& s, Dropping& dropping) {
   const int64_t fields = args.fields, queries = (fields + W - 1) / W * W;
   transpose_block(q.data, q.stride, fields, args.head_dim, s.transposed, kMax);
   if (args.scale < 0.0f)  // the maximum is that of the scaled logits
@@ -118,14 +118,15 @@ inline void probabilities(const AttentionArgs& args, const View& q, const View& 
   const int64_t groups = (fields + 31) / 32, first = (sample * args.heads + head) * fields * groups;
   for (int64_t group = 0; group < groups; ++group)
     for (int64_t query = 0; query < fields; query += W)
-      dropout_columns(args.dropout, first + query * groups + group, groups, s.mask + 32 * group * kMax + query, kMax);
+      dropout_columns(dropping, first + query * groups + group, groups, fields - query < W ? fields - query : W,
+                      fields - 32 * group < 32 ? fields - 32 * group : 32, s.mask + 32 * group * kMax + query, kMax);
 }
 
-inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
+inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s, Dropping& dropping) {
   const int64_t fields = args.fields;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), out = output(args, args.out, sample, head, s.out);
-  probabilities(args, q, k, sample, head, s);
+  probabilities(args, q, k, sample, head, s, dropping);
   if (args.dropout.threshold != 0)
     for (int64_t row = 0; row < fields * kMax; row += kMax)
       for (int64_t at = row; at < row + fields; at += W) store(s.p + at, load(s.p + at) * load(s.mask + at));
@@ -134,13 +135,13 @@ inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head
   flush(args, args.out, sample, head, out);
 }
 
-inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
+inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s, Dropping& dropping) {
   const int64_t fields = args.fields, width = args.head_dim, queries = (fields + W - 1) / W * W;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), go = input(args, args.grad_out, sample, head, s.go);
   const View dq = output(args, args.dq, sample, head, s.dq), dk = output(args, args.dk, sample, head, s.dk);
   const View dv = output(args, args.dv, sample, head, s.dv);
-  probabilities(args, q, k, sample, head, s);
+  probabilities(args, q, k, sample, head, s, dropping);
   transpose_block(go.data, go.stride, fields, width, s.transposed, kMax);
   gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kMax});
   if (args.dropout.threshold != 0) score_gradient<true>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
@@ -156,20 +157,22 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
 
 inline void attention_forward(const AttentionArgs& args, int64_t first, int64_t last) {
   AttentionScratch scratch;
+  Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
       prefetch_next(args, {&args.q, &args.k, &args.v}, sample, last, head);
-      forward_head(args, sample, head, scratch);
+      forward_head(args, sample, head, scratch, dropping);
     }
   finish_streams();
 }
 
 inline void attention_backward(const AttentionArgs& args, int64_t first, int64_t last) {
   AttentionScratch scratch;
+  Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
       prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, last, head);
-      backward_head(args, sample, head, scratch);
+      backward_head(args, sample, head, scratch, dropping);
     }
   finish_streams();
 }
