@@ -68,8 +68,8 @@ struct StoreResidual {
   }
 };
 
-template <int R, int NV, Layout kLayout, class Lda, class Finish>
-inline void tile(const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m, int64_t n,
+template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
+inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth, int64_t m, int64_t n,
                  Finish finish) {
   Vec acc[R][NV] = {};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
@@ -92,17 +92,17 @@ inline void tile(const float* a, Lda lda, const float* b, int64_t ldb, int64_t d
     for (int v = 0; v < NV; ++v) finish(m + r, n + v * W, acc[r][v]);
 }
 
-template <int R, int NV, Layout kLayout, class Lda, class Finish>
-inline void tile_of(int64_t rows, const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m,
+template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
+inline void tile_of(int64_t rows, const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth, int64_t m,
                     int64_t n, Finish finish) {
   if (rows == R) return tile<R, NV, kLayout>(a, lda, b, ldb, depth, m, n, finish);
   if constexpr (R > 1) tile_of<R - 1, NV, kLayout>(rows, a, lda, b, ldb, depth, m, n, finish);
 }
 
 // One panel of NV vectors: all rows, in chunks as equal as they can be.
-template <int NV, Layout kLayout, class Lda, class Finish>
+template <int NV, Layout kLayout, class Lda, class Ldb, class Finish>
 __attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a, Lda lda, const float* b,
-                                     int64_t ldb, int64_t n, Finish finish) {
+                                     Ldb ldb, int64_t n, Finish finish) {
   constexpr int kMax = max_rows(NV);
   const int64_t chunks = (rows + kMax - 1) / kMax;
   for (int64_t chunk = 0, m = 0; chunk < chunks; ++chunk) {
@@ -114,14 +114,17 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a
 }
 
 // finish(m, n, sums of columns n..n+W-1) for all m < rows and n < columns (a multiple of W).
-template <Layout kLayout, class Lda, class Finish>
+template <Layout kLayout, class Lda, class Ldb, class Finish>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, Lda lda, const float* b,
-                 int64_t ldb, Finish finish) {
+                 Ldb ldb, Finish finish) {
   int64_t n = 0;
   for (; n + kTileVectors * W <= columns; n += kTileVectors * W)
     panel<kTileVectors, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
   if constexpr (kTileVectors > 2) {
-    if (n + 2 * W <= columns) {
+    if (n + 3 * W <= columns) {
+      panel<3, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
+      n += 3 * W;
+    } else if (n + 2 * W <= columns) {
       panel<2, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
       n += 2 * W;
     }
