@@ -68,17 +68,21 @@ struct StoreResidual {
   }
 };
 
+// The accumulators have one index and simple loops: GCC keeps an array in registers where it unrolls all loops over it
+// early, which it does to innermost ones only. Else they pass through the stack at both ends of a tile.
 template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
 inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth, int64_t m, int64_t n,
                  Finish finish) {
-  Vec acc[R][NV] = {};
+  Vec acc[R * NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * NV; ++i) acc[i] = Vec{};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec columns[NV];
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) columns[v] = load(b + k * ldb + v * W);
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(kLayout == Layout::rows ? a[r * lda + k] : a[k * lda + r]);
-      for (int v = 0; v < NV; ++v) acc[r][v] += x * columns[v];
-    }
+#pragma GCC unroll 32
+    for (int i = 0; i < R * NV; ++i)
+      acc[i] += splat(kLayout == Layout::rows ? a[i / NV * lda + k] : a[k * lda + i / NV]) * columns[i % NV];
   };
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
@@ -88,8 +92,8 @@ inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth
     step(k + 3);
   }
   for (int64_t left = depth & 3; left > 0; --left, ++k) step(k);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) finish(m + r, n + v * W, acc[r][v]);
+#pragma GCC unroll 32
+  for (int i = 0; i < R * NV; ++i) finish(m + i / NV, n + i % NV * W, acc[i]);
 }
 
 template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
