@@ -61,8 +61,8 @@ inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, i
 // every row, are a pattern that the hardware does not foresee.
 __attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args,
                                                          std::initializer_list<const Strided*> tensors,
-                                                         int64_t sample, int64_t last, int64_t head) {
-  if (sample + 1 >= last) return;
+                                                         int64_t sample, int64_t head) {
+  if (sample + 1 >= args.samples) return;
   const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
   for (int64_t r = args.fields * head / args.heads; r < args.fields * (head + 1) / args.heads; ++r)
     for (const Strided* t : tensors)
@@ -131,7 +131,8 @@ inline void probabilities(const AttentionArgs& args, const View& q, const View& 
   gemm<Layout::rows>(fields, (fields + W - 1) / W * W, width, k.data, k.stride, s.transposed, Constant<kPitch>{},
                      Store{s.p, kPitch});
   if (args.dropout.threshold != 0) {
-    const int64_t groups = (fields + 31) / 32, first = (sample * args.heads + head) * fields * groups;
+    const int64_t groups = (fields + 31) / 32, row = ((args.first_sample + sample) * args.heads + head) * fields;
+    const int64_t first = row * groups;
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t query = 0; query < fields; query += W)
         dropout_columns(dropping, first + query * groups + group, groups, fields - query < W ? fields - query : W,
@@ -182,7 +183,7 @@ void forward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v}, sample, last, head);
+      prefetch_next(args, {&args.q, &args.k, &args.v}, sample, head);
       forward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
     }
   finish_streams();
@@ -194,7 +195,7 @@ void backward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, last, head);
+      prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, head);
       backward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
     }
   finish_streams();
@@ -202,7 +203,6 @@ void backward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
 
 template <bool kDropout>
 void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
-  if (args.fields <= 16) return forward_samples<16, kDropout>(args, first, last);
   if (args.fields <= 32) return forward_samples<32, kDropout>(args, first, last);
   if (args.fields <= 48) return forward_samples<48, kDropout>(args, first, last);
   return forward_samples<64, kDropout>(args, first, last);
@@ -210,7 +210,6 @@ void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
 
 template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
-  if (args.fields <= 16) return backward_samples<16, kDropout>(args, first, last);
   if (args.fields <= 32) return backward_samples<32, kDropout>(args, first, last);
   if (args.fields <= 48) return backward_samples<48, kDropout>(args, first, last);
   return backward_samples<64, kDropout>(args, first, last);
