@@ -1,5 +1,5 @@
 // ctr::field_attention and its backward on CPUs: checks, outputs, and the samples shared among threads.
-#include "tensor_args.h"
+#include "attention.h"
 
 namespace ctr {
 namespace {
@@ -24,6 +24,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   const int64_t width = dim / num_heads;
   STD_TORCH_CHECK(width == 8 || width == 16 || width == 32 || width == 64, "D / num_heads = ", width,
                   "; supported are 8, 16, 32, 64");
+  args.samples = batch;
   args.fields = fields;
   args.heads = num_heads;
   args.head_dim = width;
@@ -41,6 +42,15 @@ int64_t packed_dim(const Tensor& qkv) {
 }
 
 }  // namespace
+
+AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
+                               const std::optional<Tensor>& seed) {
+  const int64_t dim = packed_dim(qkv);
+  return attention_args(torch::stable::narrow(const_cast<Tensor&>(qkv), 2, 0, dim),
+                        torch::stable::narrow(const_cast<Tensor&>(qkv), 2, dim, dim),
+                        torch::stable::narrow(const_cast<Tensor&>(qkv), 2, 2 * dim, dim), num_heads, scale, dropout_p,
+                        seed);
+}
 
 Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
                        std::optional<Tensor> seed) {

@@ -4,9 +4,8 @@
 
 namespace ctr {
 
-Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
-                              std::optional<Tensor> seed);
-Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale, double dropout_p,
-                                       std::optional<Tensor> seed);
+// The inputs of attention on a projection [B, F, 3 D] that holds q | k | v, checked; the outputs are missing.
+AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
+                               const std::optional<Tensor>& seed);
 
 }  // namespace ctr

@@ -16,11 +16,15 @@ namespace CTR_ISA {
 
 constexpr int64_t kMax = 64;  // fields, and width of a head
 constexpr int64_t kHead = kMax * kMax;
-using Pitch = Constant<kMax>;  // of the maps [key, query] and of transposed inputs
 
+// Maps [key, query] and transposed inputs have the smallest pitch that holds the fields: rows that leave a gap would use a
+// part of the first-level cache's sets only. The space between two maps keeps what is read and written at one place
+// of both from looking like the same address, of which the processor compares the lowest 12 bits first.
+template <int64_t kPitch>
 struct alignas(64) AttentionScratch {
-  float transposed[kHead], p[kHead], dp[kHead], mask[kHead];    // p, dp, mask: [key, query]
-  float inverse[kMax];
+  static constexpr int64_t kMap = kPitch * kPitch, kSpace = 80;
+  float transposed[kMax * kPitch], space0[kSpace], p[kMap], space1[kSpace], dp[kMap], space2[kSpace], mask[kMap];
+  float inverse[kPitch];
   float q[kHead], k[kHead], v[kHead], go[kHead];                // bf16 inputs as fp32
   float out[kHead], dq[kHead], dk[kHead], dv[kHead];            // bf16 outputs before rounding
 };
@@ -57,94 +61,113 @@ inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, i
 // every row, are a pattern that the hardware does not foresee.
 __attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args,
                                                          std::initializer_list<const Strided*> tensors,
-                                                         int64_t sample, int64_t last, int64_t head) {
-  if (sample + 1 >= last) return;
+                                                         int64_t sample, int64_t head) {
+  if (sample + 1 >= args.samples) return;
   const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
   for (int64_t r = args.fields * head / args.heads; r < args.fields * (head + 1) / args.heads; ++r)
     for (const Strided* t : tensors)
       prefetch(static_cast<const char*>(t->data) + ((sample + 1) * t->batch + r * t->field) * size, width);
 }
 
-// Columns of p [key, query] become exp2(factor (x - max)); inverse[query] = 1 / the column's sum.
-inline void softmax_columns(float* p, int64_t fields, float factor, float* inverse) {
-  for (int64_t query = 0; query < fields; query += W) {
-    float* column = p + query;
-    Vec top = load(column);
-    for (int64_t key = 1; key < fields; ++key) top = vmax(top, load(column + key * kMax));
-    Vec sum = {};  // NaN if any logit is
-    for (int64_t key = 0; key < fields; ++key) {
-      const Vec e = exp2_nonpositive((load(column + key * kMax) - top) * factor);  // exactly 1 at the maximum
-      sum += e;
-      store(column + key * kMax, e);
-    }
-    store(inverse + query, 1.0f / sum);
+// Vectors of queries worked on at a time: as many chains of maxima and sums, each of which alone would wait.
+template <int64_t kPitch>
+constexpr int kAtOnce = kPitch / W % 3 == 0 ? 3 : kPitch / W % 2 == 0 ? 2 : 1;
+
+// Columns of p [key, query] become exp2(factor (x - max)); inverse[query] = 1 / the column's sum. With a mask they are
+// multiplied by it after the sum.
+template <int64_t kPitch, bool kMasked>
+inline void softmax_columns(float* p, const float* mask, int64_t fields, float factor, float* inverse) {
+  constexpr int N = kAtOnce<kPitch>;
+  for (int64_t query = 0; query < fields; query += N * W) {
+    float* const column = p + query;
+    Vec top[N], sum[N] = {};  // the sum is NaN if any logit is
+    for (int v = 0; v < N; ++v) top[v] = load(column + v * W);
+    for (int64_t at = kPitch; at < fields * kPitch; at += kPitch)
+      for (int v = 0; v < N; ++v) top[v] = vmax(top[v], load(column + at + v * W));
+    for (int64_t at = 0; at < fields * kPitch; at += kPitch)
+      for (int v = 0; v < N; ++v) {
+        const Vec e = exp2_nonpositive((load(column + at + v * W) - top[v]) * factor);  // exactly 1 at the maximum
+        sum[v] += e;
+        store(column + at + v * W, kMasked ? e * load(mask + query + at + v * W) : e);
+      }
+    for (int v = 0; v < N; ++v) store(inverse + query + v * W, 1.0f / sum[v]);
   }
 }
 
 // p, as softmax_columns leaves it, becomes P * M, and dp dS.
-template <bool kDropout>
+template <int64_t kPitch, bool kDropout>
 void score_gradient(float* p, float* dp, const float* mask, int64_t fields, float scale, const float* inverse) {
-  for (int64_t query = 0; query < fields; query += W) {
-    const Vec factor = load(inverse + query);
-    Vec sum = {};
-    for (int64_t at = query; at < fields * kMax; at += kMax) {
-      const Vec probability = load(p + at) * factor;
-      Vec gradient = load(dp + at);
-      if (kDropout) {
-        gradient *= load(mask + at);
-        store(dp + at, gradient);
+  constexpr int N = kAtOnce<kPitch>;
+  for (int64_t query = 0; query < fields; query += N * W) {
+    Vec sum[N] = {};
+    for (int64_t at = query; at < query + fields * kPitch; at += kPitch)
+      for (int v = 0; v < N; ++v) {
+        const Vec probability = load(p + at + v * W) * load(inverse + query + v * W);
+        Vec gradient = load(dp + at + v * W);
+        if (kDropout) {
+          gradient *= load(mask + at + v * W);
+          store(dp + at + v * W, gradient);
+        }
+        sum[v] += probability * gradient;
+        store(p + at + v * W, probability);
       }
-      store(p + at, probability);
-      sum += probability * gradient;
-    }
-    for (int64_t at = query; at < fields * kMax; at += kMax) {
-      const Vec probability = load(p + at);
-      store(dp + at, probability * (load(dp + at) - sum) * scale);
-      if (kDropout) store(p + at, probability * load(mask + at));
-    }
+    for (int64_t at = query; at < query + fields * kPitch; at += kPitch)
+      for (int v = 0; v < N; ++v) {
+        const Vec probability = load(p + at + v * W);
+        store(dp + at + v * W, probability * (load(dp + at + v * W) - sum[v]) * scale);
+        if (kDropout) store(p + at + v * W, probability * load(mask + at + v * W));
+      }
   }
 }
 
 // s.p and s.inverse as softmax_columns leaves them; s.mask where dropping.
+template <int64_t kPitch, bool kMasked>
 inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
-                          AttentionScratch& s) {
-  const int64_t fields = args.fields, queries = (fields + W - 1) / W * W;
-  transpose_block(q.data, q.stride, fields, args.head_dim, s.transposed, kMax);
+                          AttentionScratch<kPitch>& s, Dropping& dropping) {
+  const int64_t fields = args.fields, width = args.head_dim;
+  transpose_block(q.data, q.stride, fields, width, s.transposed, kPitch);
   if (args.scale < 0.0f)  // the maximum is that of the scaled logits
-    for (int64_t i = 0; i < args.head_dim * kMax; i += W) store(s.transposed + i, -load(s.transposed + i));
-  gemm<Layout::rows>(fields, queries, args.head_dim, k.data, k.stride, s.transposed, Pitch{}, Store{s.p, kMax});
-  softmax_columns(s.p, fields, (args.scale < 0.0f ? -args.scale : args.scale) * kLog2e, s.inverse);
-  if (args.dropout.threshold == 0) return;
-  const int64_t groups = (fields + 31) / 32, first = (sample * args.heads + head) * fields * groups;
-  for (int64_t group = 0; group < groups; ++group)
-    for (int64_t query = 0; query < fields; query += W)
-      dropout_columns(args.dropout, first + query * groups + group, groups, s.mask + 32 * group * kMax + query, kMax);
+    for (int64_t i = 0; i < width * kPitch; i += W) store(s.transposed + i, -load(s.transposed + i));
+  gemm<Layout::rows>(fields, (fields + W - 1) / W * W, width, k.data, k.stride, s.transposed, Constant<kPitch>{},
+                     Store{s.p, kPitch});
+  if (args.dropout.threshold != 0) {
+    const int64_t groups = (fields + 31) / 32, row = ((args.first_sample + sample) * args.heads + head) * fields;
+    const int64_t first = row * groups;
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t query = 0; query < fields; query += W)
+        dropout_columns(dropping, first + query * groups + group, groups, fields - query < W ? fields - query : W,
+                        fields - 32 * group < 32 ? fields - 32 * group : 32, s.mask + 32 * group * kPitch + query,
+                        kPitch);
+  }
+  softmax_columns<kPitch, kMasked>(s.p, s.mask, fields, (args.scale < 0.0f ? -args.scale : args.scale) * kLog2e,
+                                   s.inverse);
 }
 
-inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
+template <int64_t kPitch, bool kDropout>
+inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch<kPitch>& s,
+                         Dropping& dropping) {
   const int64_t fields = args.fields;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), out = output(args, args.out, sample, head, s.out);
-  probabilities(args, q, k, sample, head, s);
-  if (args.dropout.threshold != 0)
-    for (int64_t row = 0; row < fields * kMax; row += kMax)
-      for (int64_t at = row; at < row + fields; at += W) store(s.p + at, load(s.p + at) * load(s.mask + at));
-  gemm<Layout::transposed>(fields, args.head_dim, fields, s.p, Pitch{}, v.data, v.stride,
+  probabilities<kPitch, kDropout>(args, q, k, sample, head, s, dropping);
+  gemm<Layout::transposed>(fields, args.head_dim, fields, s.p, Constant<kPitch>{}, v.data, v.stride,
                            StoreRowScaled{out.data, out.stride, s.inverse, args.around});
   flush(args, args.out, sample, head, out);
 }
 
-inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch& s) {
+template <int64_t kPitch, bool kDropout>
+inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch<kPitch>& s,
+                          Dropping& dropping) {
+  using Pitch = Constant<kPitch>;
   const int64_t fields = args.fields, width = args.head_dim, queries = (fields + W - 1) / W * W;
   const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
   const View v = input(args, args.v, sample, head, s.v), go = input(args, args.grad_out, sample, head, s.go);
   const View dq = output(args, args.dq, sample, head, s.dq), dk = output(args, args.dk, sample, head, s.dk);
   const View dv = output(args, args.dv, sample, head, s.dv);
-  probabilities(args, q, k, sample, head, s);
-  transpose_block(go.data, go.stride, fields, width, s.transposed, kMax);
-  gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kMax});
-  if (args.dropout.threshold != 0) score_gradient<true>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
-  else score_gradient<false>(s.p, s.dp, nullptr, fields, args.scale, s.inverse);
+  probabilities<kPitch, false>(args, q, k, sample, head, s, dropping);
+  transpose_block(go.data, go.stride, fields, width, s.transposed, kPitch);
+  gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kPitch});
+  score_gradient<kPitch, kDropout>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
   gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride,
                            Store{dq.data, dq.stride, args.around});
   gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride, args.around});
@@ -154,24 +177,52 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   flush(args, args.dv, sample, head, dv);
 }
 
-inline void attention_forward(const AttentionArgs& args, int64_t first, int64_t last) {
-  AttentionScratch scratch;
+template <int64_t kPitch, bool kDropout>
+void forward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
+  AttentionScratch<kPitch> scratch;
+  Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v}, sample, last, head);
-      forward_head(args, sample, head, scratch);
+      prefetch_next(args, {&args.q, &args.k, &args.v}, sample, head);
+      forward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
     }
   finish_streams();
 }
 
-inline void attention_backward(const AttentionArgs& args, int64_t first, int64_t last) {
-  AttentionScratch scratch;
+template <int64_t kPitch, bool kDropout>
+void backward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
+  AttentionScratch<kPitch> scratch;
+  Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, last, head);
-      backward_head(args, sample, head, scratch);
+      prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, head);
+      backward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
     }
   finish_streams();
+}
+
+template <bool kDropout>
+void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
+  if (args.fields <= 32) return forward_samples<32, kDropout>(args, first, last);
+  if (args.fields <= 48) return forward_samples<48, kDropout>(args, first, last);
+  return forward_samples<64, kDropout>(args, first, last);
+}
+
+template <bool kDropout>
+void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
+  if (args.fields <= 32) return backward_samples<32, kDropout>(args, first, last);
+  if (args.fields <= 48) return backward_samples<48, kDropout>(args, first, last);
+  return backward_samples<64, kDropout>(args, first, last);
+}
+
+inline void attention_forward(const AttentionArgs& args, int64_t first, int64_t last) {
+  if (args.dropout.threshold != 0) return forward_of<true>(args, first, last);
+  return forward_of<false>(args, first, last);
+}
+
+inline void attention_backward(const AttentionArgs& args, int64_t first, int64_t last) {
+  if (args.dropout.threshold != 0) return backward_of<true>(args, first, last);
+  return backward_of<false>(args, first, last);
 }
 
 }  // namespace CTR_ISA

@@ -3,6 +3,7 @@
 #include <tuple>
 #include <utility>
 
+#include "aligned.h"
 #include "tensor_args.h"
 
 namespace ctr {
@@ -14,13 +15,13 @@ class Padded {
  public:
   Padded(const float* from, int64_t rows, int64_t columns, int64_t padded_rows, int64_t pitch) : data_(from) {
     if (rows == padded_rows && columns == pitch) return;
-    copy_.resize(padded_rows * pitch);
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * columns, columns, copy_.begin() + r * pitch);
+    copy_ = AlignedFloats::zeros(padded_rows * pitch);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * columns, columns, copy_.data() + r * pitch);
     data_ = copy_.data();
   }
   static Padded transposed(const float* from, int64_t rows, int64_t columns, int64_t padded_rows, int64_t pitch) {
     Padded p;
-    p.copy_.resize(padded_rows * pitch);
+    p.copy_ = AlignedFloats::zeros(padded_rows * pitch);
     transpose_into(from, rows, columns, columns, p.copy_.data(), pitch);
     p.data_ = p.copy_.data();
     return p;
@@ -30,7 +31,7 @@ class Padded {
  private:
   Padded() = default;
   const float* data_ = nullptr;
-  std::vector<float> copy_;
+  AlignedFloats copy_;
 };
 
 // What both directions need of the inputs: x0, x [B, W], u [R, W], v [W, R], bias [W].
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_cross_backward(Tenso
   Tensor grad_x = new_output({args.rows, args.width}, ScalarType::Float);
   args.grad_x0 = static_cast<float*>(grad_x0.mutable_data_ptr());
   args.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
-  const int64_t tiles = cross.tiles, tasks = std::min((tiles + 1) / 2, kTasks);
+  const int64_t tiles = (args.rows + kCrossBackwardTile - 1) / kCrossBackwardTile, tasks = std::min(tiles, kTasks);
   const int64_t matrix = args.width * args.rp, size = 2 * matrix + args.wp;  // of one task's sums
   Tensor sums = new_output({std::max<int64_t>(tasks, 1), size}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
@@ -98,7 +99,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_cross_backward(Tenso
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       float* own = data + task * size;
-      std::fill(own, own + size, 0.0f);
       kernels.cross_backward(args, CrossGradients{own, own + matrix, own + 2 * matrix}, tiles * task / tasks,
                              tiles * (task + 1) / tasks);
     }

@@ -14,7 +14,7 @@
 namespace ctr {
 namespace CTR_ISA {
 
-constexpr int64_t kCrossDepth = 512;  // columns summed at a time: their weights stay near, and so do rounding errors
+constexpr int64_t kCrossDepth = 256;  // columns summed at a time: their weights stay near, and so do rounding errors
 
 // Columns [n, n + W) of a row of `width` floats without padding; what lies beyond is zero, and not written.
 inline Vec load_part(const float* row, int64_t n, int64_t width) {
@@ -28,6 +28,10 @@ inline void store_part(float* row, int64_t n, int64_t width, Vec v) {
   for (int64_t i = 0; n + i < width; ++i) row[n + i] = v[i];
 }
 
+// The same place of a row in the panel of columns that comes next: a panel takes a few lines from each of many rows, a
+// pattern that the hardware does not foresee.
+inline void prefetch_panel(const float* p) { __builtin_prefetch(p + kTileVectors * W, 0, 2); }
+
 // y = x0 * (sum + bias) + x
 struct StoreCross {
   float* y;
@@ -35,6 +39,9 @@ struct StoreCross {
   int64_t width;
   void operator()(int64_t m, int64_t n, Vec sum) const {
     const int64_t at = m * width;
+    prefetch_panel(x0 + at + n);
+    prefetch_panel(x + at + n);
+    prefetch_panel(y + at + n);
     const Vec factor = load_part(x0 + at, n, width), rest = load_part(x + at, n, width);
     store_part(y + at, n, width, factor * (sum + load(bias + n)) + rest);
   }
@@ -44,9 +51,10 @@ struct StoreCross {
 struct StoreProduct {
   float* out;
   const float *grad, *bias;
-  int64_t width;
+  int64_t pitch, width;  // width: columns from here on
   void operator()(int64_t m, int64_t n, Vec sum) const {
-    const int64_t at = m * width;
+    const int64_t at = m * pitch;
+    prefetch_panel(out + at + n);
     store_part(out + at, n, width, load_part(grad + at, n, width) * (sum + load(bias + n)));
   }
 };
@@ -55,10 +63,22 @@ struct StoreProduct {
 struct StoreSum {
   float* out;
   const float* grad;
-  int64_t width;
+  int64_t pitch, width;
   void operator()(int64_t m, int64_t n, Vec sum) const {
-    const int64_t at = m * width;
+    const int64_t at = m * pitch;
+    prefetch_panel(out + at + n);
     store_part(out + at, n, width, load_part(grad + at, n, width) + sum);
+  }
+};
+
+// out = sum where it is the first, else out += sum.
+struct Accumulate {
+  float* out;
+  int64_t pitch;
+  bool first;
+  void operator()(int64_t m, int64_t n, Vec sum) const {
+    float* const to = out + m * pitch + n;
+    store(to, first ? sum : load(to) + sum);
   }
 };
 
@@ -66,8 +86,7 @@ struct StoreSum {
 inline void narrow(int64_t rows, int64_t rp, int64_t width, const float* a, int64_t pitch, const float* b, float* out) {
   for (int64_t c = 0; c < width; c += kCrossDepth) {
     const int64_t depth = width - c < kCrossDepth ? width - c : kCrossDepth;
-    if (c == 0) gemm<Layout::rows>(rows, rp, depth, a, pitch, b, rp, Store{out, rp});
-    else gemm<Layout::rows>(rows, rp, depth, a + c, pitch, b + c * rp, rp, Add{out, rp});
+    gemm<Layout::rows>(rows, rp, depth, a + c, pitch, b + c * rp, rp, Accumulate{out, rp, c == 0});
   }
 }
 
@@ -82,25 +101,47 @@ inline void cross_forward(const CrossArgs& args, int64_t first, int64_t last) {
   }
 }
 
-inline void cross_backward(const CrossArgs& args, const CrossGradients& sums, int64_t first, int64_t last) {
-  const int64_t width = args.width, wp = args.wp, rp = args.rp;
-  const Buffer hidden(kCrossTile * rp), grad_hidden(kCrossTile * rp), product(kCrossTile * wp);
-  for (int64_t row = first * kCrossTile; row < last * kCrossTile && row < args.rows; row += kCrossTile) {
-    const int64_t rows = args.rows - row < kCrossTile ? args.rows - row : kCrossTile, at = row * width;
-    const float *x0 = args.x0 + at, *x = args.x + at, *grad = args.grad + at;
-    float *h = hidden.get(), *d = grad_hidden.get(), *a = product.get();
-    for (int64_t m = 0; m < rows; ++m) {
-      float* out = a + m * wp;
-      for (int64_t c = 0; c < wp; c += W)
-        store(out + c, load_part(grad + m * width, c, width) * load_part(x0 + m * width, c, width));
+// out [rows, pitch] = a * b for `columns` columns of two [rows, width] tensors, zero beyond up to a multiple of 16.
+inline void multiply_rows(const float* a, const float* b, int64_t rows, int64_t width, int64_t columns, float* out,
+                          int64_t pitch) {
+  for (int64_t m = 0; m < rows; ++m, a += width, b += width, out += pitch)
+    for (int64_t c = 0; c < (columns + 15) / 16 * 16; c += W) {
+      prefetch_panel(a + c);
+      prefetch_panel(b + c);
+      store(out + c, load_part(a, c, columns) * load_part(b, c, columns));
     }
-    narrow(rows, rp, width, x, width, args.ut, h);
-    narrow(rows, rp, width, a, wp, args.v, d);
-    gemm<Layout::rows>(rows, wp, rp, h, rp, args.vt, wp, StoreProduct{args.grad_x0 + at, grad, args.bias, width});
-    gemm<Layout::rows>(rows, wp, rp, d, rp, args.u, wp, StoreSum{args.grad_x + at, grad, width});
-    gemm<Layout::transposed>(width, rp, rows, a, wp, h, rp, Add{sums.v, rp});
-    gemm<Layout::transposed>(width, rp, rows, x, width, d, rp, Add{sums.ut, rp});
-    add_columns(a, wp, rows, wp, sums.bias);
+}
+
+// First h and d, sums over the whole width, then all else for 64 columns at a time, so that what several products need
+// comes to the first-level cache once. A tile's share of the weights' sums is as large as the weights, hence its many
+// rows.
+inline void cross_backward(const CrossArgs& args, const CrossGradients& sums, int64_t first, int64_t last) {
+  constexpr int64_t kTile = kCrossBackwardTile, kColumns = 64;
+  const int64_t width = args.width, wp = args.wp, rp = args.rp;
+  const Buffer hidden(kTile * rp), grad_hidden(kTile * rp), product(kTile * kCrossDepth);
+  float *const h = hidden.get(), *const d = grad_hidden.get(), *const a = product.get();
+  for (int64_t row = first * kTile; row < last * kTile && row < args.rows; row += kTile) {
+    const int64_t rows = args.rows - row < kTile ? args.rows - row : kTile, at = row * width;
+    const bool start = row == first * kTile;
+    for (int64_t c = 0; c < width; c += kCrossDepth) {
+      const int64_t depth = width - c < kCrossDepth ? width - c : kCrossDepth;
+      multiply_rows(args.grad + at + c, args.x0 + at + c, rows, width, depth, a, kCrossDepth);
+      gemm<Layout::rows>(rows, rp, depth, args.x + at + c, width, args.ut + c * rp, rp, Accumulate{h, rp, c == 0});
+      gemm<Layout::rows>(rows, rp, depth, a, Constant<kCrossDepth>{}, args.v + c * rp, rp, Accumulate{d, rp, c == 0});
+    }
+    for (int64_t c = 0; c < width; c += kColumns) {
+      const int64_t left = width - c, columns = left < kColumns ? left : kColumns, padded = (columns + 15) / 16 * 16;
+      const float *x = args.x + at + c, *grad = args.grad + at + c;
+      multiply_rows(grad, args.x0 + at + c, rows, width, columns, a, kColumns);
+      gemm<Layout::rows>(rows, padded, rp, h, rp, args.vt + c, wp,
+                         StoreProduct{args.grad_x0 + at + c, grad, args.bias + c, width, left});
+      gemm<Layout::rows>(rows, padded, rp, d, rp, args.u + c, wp, StoreSum{args.grad_x + at + c, grad, width, left});
+      gemm<Layout::transposed>(columns, rp, rows, a, Constant<kColumns>{}, h, rp, Accumulate{sums.v + c * rp, rp, start});
+      gemm<Layout::transposed>(columns, rp, rows, x, width, d, rp, Accumulate{sums.ut + c * rp, rp, start});
+      if (start)
+        for (int64_t i = 0; i < padded; ++i) sums.bias[c + i] = 0.0f;
+      add_columns(a, kColumns, rows, padded, sums.bias + c);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "aligned.h"
 #include "tensor_args.h"
 
 namespace ctr {
@@ -21,21 +22,21 @@ class Floats {
 };
 
 struct Packed {
-  std::vector<float> w1t, b1, w2t, b2, w1, w2;
+  AlignedFloats w1t, b1, w2t, b2, w1, w2;  // padded with zeros
 };
 
 Packed pack(const FfnArgs& args, const Floats& w1, const Floats& b1, const Floats& w2, const Floats& b2,
             bool backward) {
   const int64_t dim = args.dim, dp = args.dp, hidden = args.hidden, padded = args.slices * kFfnSlice;
   Packed p;
-  p.w1t.resize(padded * dim);
-  p.b1.resize(padded);
-  p.b2.resize(dp);
+  p.w1t = AlignedFloats::zeros(padded * dim);
+  p.b1 = AlignedFloats::zeros(padded);
+  p.b2 = AlignedFloats::zeros(dp);
   if (backward) {
-    p.w1.resize(padded * dp);
-    p.w2.resize(padded * dim);
+    p.w1 = AlignedFloats::zeros(padded * dp);
+    p.w2 = AlignedFloats::zeros(padded * dim);
   } else {
-    p.w2t.resize(padded * dp);
+    p.w2t = AlignedFloats::zeros(padded * dp);
   }
   for (int64_t d = 0; d < dim; ++d) p.b2[d] = b2[d];
   for (int64_t h = 0; h < hidden; ++h) {

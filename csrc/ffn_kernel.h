@@ -46,44 +46,57 @@ inline void flush_tile(const FfnArgs& args, const Tile& tile, const float* rows)
              static_cast<char*>(args.out) + tile.first * args.dim * bytes_of(args.type), args.dim);
 }
 
-// Dropout multipliers of a slice of the hidden of one tile: mask [rows, 64].
-inline void slice_mask(const FfnArgs& args, const Tile& tile, int64_t slice, float* mask) {
+// Dropout of one slice of a tile's hidden units: the groups of 32 units of row r begin at first + r * stride.
+struct SliceDropout {
+  uint64_t first, stride;
+};
+
+inline SliceDropout slice_dropout(const FfnArgs& args, const Tile& tile, int64_t slice) {
   const int64_t groups = (args.hidden + 31) / 32;
-  for (int64_t r = 0; r < tile.rows; ++r)
-    dropout_groups(args.dropout, (tile.first + r) * groups + slice * (kSlice / 32), 1, kSlice / 32,
-                   mask + r * kSlice, 32);
+  return {static_cast<uint64_t>(tile.first * groups + slice * (kSlice / 32)), static_cast<uint64_t>(groups)};
 }
 
+// The masks are drawn in the same loop as the activation: random numbers are integer work in long chains, next to which
+// the polynomials cost less than they do alone.
 template <Activation kActivation>
-void activate_slice(float* hidden, const float* mask, int64_t rows) {
-  if (mask == nullptr) {
+void activate_slice(float* hidden, Dropping* dropping, const SliceDropout& at, int64_t rows) {
+  if (dropping == nullptr) {
     for (int64_t i = 0; i < rows * kSlice; i += W) store(hidden + i, activate<kActivation>(load(hidden + i)).value);
-  } else {
-    for (int64_t i = 0; i < rows * kSlice; i += W)
-      store(hidden + i, activate<kActivation>(load(hidden + i)).value * load(mask + i));
+    return;
   }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t group = 0; group < kSlice / 32; ++group, hidden += 32) {
+      Vec multipliers[kGroupVectors];
+      group_multipliers(*dropping, at.first + r * at.stride + group, multipliers);
+      for (int v = 0; v < kGroupVectors; ++v)
+        store(hidden + v * W, activate<kActivation>(load(hidden + v * W)).value * multipliers[v]);
+    }
 }
 
 // hidden: A -> H; grad: dH -> dA.
 template <Activation kActivation>
-void differentiate_slice(float* hidden, float* grad, const float* mask, int64_t rows) {
-  for (int64_t i = 0; i < rows * kSlice; i += W) {
-    ValueAndSlope h = activate<kActivation>(load(hidden + i));
-    if (mask != nullptr) {
-      const Vec multiplier = load(mask + i);
-      h.value *= multiplier;
-      h.slope *= multiplier;
+void differentiate_slice(float* hidden, float* grad, Dropping* dropping, const SliceDropout& at, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t group = 0; group < kSlice / 32; ++group, hidden += 32, grad += 32) {
+      Vec multipliers[kGroupVectors];
+      if (dropping != nullptr) group_multipliers(*dropping, at.first + r * at.stride + group, multipliers);
+      for (int v = 0; v < kGroupVectors; ++v) {
+        ValueAndSlope h = activate<kActivation>(load(hidden + v * W));
+        if (dropping != nullptr) {
+          h.value *= multipliers[v];
+          h.slope *= multipliers[v];
+        }
+        store(hidden + v * W, h.value);
+        store(grad + v * W, load(grad + v * W) * h.slope);
+      }
     }
-    store(hidden + i, h.value);
-    store(grad + i, load(grad + i) * h.slope);
-  }
 }
 
 template <Activation kActivation>
 void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
   const Buffer x_rows(kFfnTile * args.dp), y_rows(kFfnTile * args.dp), hidden(kFfnTile * kSlice);
-  const Buffer mask(kFfnTile * kSlice), normed(args.norm.gamma ? kFfnTile * args.dp : 0);
-  const bool dropping = args.dropout.threshold != 0;
+  const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
+  Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
     const float* x = tile_rows(args, args.x, tile, x_rows.get());
@@ -97,8 +110,7 @@ void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
     for (int64_t slice = 0; slice < args.slices; ++slice) {
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, args.dp, args.w1t + slice * args.dim * kSlice, kSlice,
                          StoreBiased{hidden.get(), kSlice, args.b1 + slice * kSlice});
-      if (dropping) slice_mask(args, tile, slice, mask.get());
-      activate_slice<kActivation>(hidden.get(), dropping ? mask.get() : nullptr, tile.rows);
+      activate_slice<kActivation>(hidden.get(), dropping, slice_dropout(args, tile, slice), tile.rows);
       const float* w2t = args.w2t + slice * kSlice * args.dp;
       if (slice == 0 && residual != nullptr)
         gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
@@ -116,9 +128,9 @@ void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
 template <Activation kActivation>
 void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first, int64_t last) {
   const Buffer x_rows(kFfnTile * args.dp), gy_rows(kFfnTile * args.dp), gx_rows(kFfnTile * args.dp);
-  const Buffer hidden(kFfnTile * kSlice), grad(kFfnTile * kSlice), mask(kFfnTile * kSlice);
+  const Buffer hidden(kFfnTile * kSlice), grad(kFfnTile * kSlice);
   const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
-  const bool dropping = args.dropout.threshold != 0;
+  Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
   const int64_t dp = args.dp;
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
@@ -137,8 +149,7 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
                          StoreBiased{hidden.get(), kSlice, args.b1 + unit});
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, gy, dp, args.w2 + unit * args.dim, kSlice,
                          Store{grad.get(), kSlice});
-      if (dropping) slice_mask(args, tile, slice, mask.get());
-      differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping ? mask.get() : nullptr, tile.rows);
+      differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping, slice_dropout(args, tile, slice), tile.rows);
       add_columns(grad.get(), kSlice, tile.rows, kSlice, sums.b1 + unit);
       if (slice == 0 && args.normed_residual)
         gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, StorePlus{gx, dp, gy});

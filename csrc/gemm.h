@@ -68,17 +68,21 @@ struct StoreResidual {
   }
 };
 
-template <int R, int NV, Layout kLayout, class Lda, class Finish>
-inline void tile(const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m, int64_t n,
+// The accumulators have one index and simple loops: GCC keeps an array in registers where it unrolls all loops over it
+// early, which it does to innermost ones only. Else they pass through the stack at both ends of a tile.
+template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
+inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth, int64_t m, int64_t n,
                  Finish finish) {
-  Vec acc[R][NV] = {};
+  Vec acc[R * NV];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * NV; ++i) acc[i] = Vec{};
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec columns[NV];
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) columns[v] = load(b + k * ldb + v * W);
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(kLayout == Layout::rows ? a[r * lda + k] : a[k * lda + r]);
-      for (int v = 0; v < NV; ++v) acc[r][v] += x * columns[v];
-    }
+#pragma GCC unroll 32
+    for (int i = 0; i < R * NV; ++i)
+      acc[i] += splat(kLayout == Layout::rows ? a[i / NV * lda + k] : a[k * lda + i / NV]) * columns[i % NV];
   };
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
@@ -88,21 +92,21 @@ inline void tile(const float* a, Lda lda, const float* b, int64_t ldb, int64_t d
     step(k + 3);
   }
   for (int64_t left = depth & 3; left > 0; --left, ++k) step(k);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) finish(m + r, n + v * W, acc[r][v]);
+#pragma GCC unroll 32
+  for (int i = 0; i < R * NV; ++i) finish(m + i / NV, n + i % NV * W, acc[i]);
 }
 
-template <int R, int NV, Layout kLayout, class Lda, class Finish>
-inline void tile_of(int64_t rows, const float* a, Lda lda, const float* b, int64_t ldb, int64_t depth, int64_t m,
+template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
+inline void tile_of(int64_t rows, const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth, int64_t m,
                     int64_t n, Finish finish) {
   if (rows == R) return tile<R, NV, kLayout>(a, lda, b, ldb, depth, m, n, finish);
   if constexpr (R > 1) tile_of<R - 1, NV, kLayout>(rows, a, lda, b, ldb, depth, m, n, finish);
 }
 
 // One panel of NV vectors: all rows, in chunks as equal as they can be.
-template <int NV, Layout kLayout, class Lda, class Finish>
+template <int NV, Layout kLayout, class Lda, class Ldb, class Finish>
 __attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a, Lda lda, const float* b,
-                                     int64_t ldb, int64_t n, Finish finish) {
+                                     Ldb ldb, int64_t n, Finish finish) {
   constexpr int kMax = max_rows(NV);
   const int64_t chunks = (rows + kMax - 1) / kMax;
   for (int64_t chunk = 0, m = 0; chunk < chunks; ++chunk) {
@@ -114,14 +118,17 @@ __attribute__((noinline)) void panel(int64_t rows, int64_t depth, const float* a
 }
 
 // finish(m, n, sums of columns n..n+W-1) for all m < rows and n < columns (a multiple of W).
-template <Layout kLayout, class Lda, class Finish>
+template <Layout kLayout, class Lda, class Ldb, class Finish>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, Lda lda, const float* b,
-                 int64_t ldb, Finish finish) {
+                 Ldb ldb, Finish finish) {
   int64_t n = 0;
   for (; n + kTileVectors * W <= columns; n += kTileVectors * W)
     panel<kTileVectors, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
   if constexpr (kTileVectors > 2) {
-    if (n + 2 * W <= columns) {
+    if (n + 3 * W <= columns) {
+      panel<3, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
+      n += 3 * W;
+    } else if (n + 2 * W <= columns) {
       panel<2, kLayout>(rows, depth, a, lda, b, ldb, n, finish);
       n += 2 * W;
     }

@@ -20,6 +20,7 @@ struct DropoutArgs {
 
 struct AttentionArgs {
   Type type;
+  int64_t first_sample, samples;  // of the batch, that the tensors begin with; how many they hold
   int64_t fields, heads, head_dim;
   float scale;
   DropoutArgs dropout;
@@ -88,7 +89,7 @@ struct LinearGradients {
   float *gamma, *beta;  // [in]
 };
 
-constexpr int64_t kCrossTile = 32;  // rows of a tile
+constexpr int64_t kCrossTile = 32, kCrossBackwardTile = 64;  // rows of a tile
 
 // wp and rp are width and rank rounded up to 16; weights are padded with zeros, [B, width] tensors are not.
 struct CrossArgs {
@@ -100,7 +101,7 @@ struct CrossArgs {
   float *y, *grad_x0, *grad_x;  // [rows, width]; forward, and backward
 };
 
-// Sums over the rows of one task; zero at the start.
+// Sums over the rows of one task, written by its first tile.
 struct CrossGradients {
   float *ut, *v;  // [width, rp]
   float* bias;    // [wp]
