@@ -13,9 +13,9 @@ struct ValueAndSlope {
 // x Phi(x), Phi the normal distribution function: Phi(-a) = exp(-a^2 / 2) g(a) for a = |x|, with a polynomial for
 // g that is minimax for the weighted error over [0, 5.5] (2e-8 in exact arithmetic, 5e-8 as computed here).
 inline ValueAndSlope gelu(Vec x) {
-  const Vec a = x < 0.0f ? -x : x;
+  const Vec a = vabs(x);
   const Vec bell = exp2_nonpositive(x * x * (-0.5f * kLog2e));
-  const Vec t = a > 5.5f ? splat(5.5f) : a;
+  const Vec t = vmin(splat(5.5f), a);  // NaN for NaN
   Vec g = splat(-3.1554663e-07f);
   g = g * t + 7.708849e-06f;
   g = g * t + -8.477157e-05f;
@@ -30,7 +30,8 @@ inline ValueAndSlope gelu(Vec x) {
   g = g * t + 0.5f;
   const Vec tail = bell * g;
   const Vec phi = x > 0.0f ? 1.0f - tail : tail;
-  return {x * phi, phi + x * bell * 0.3989422804f};
+  // x phi without a choice: x - x tail for x > 0, -a tail otherwise, and beyond 5.5 both are below 1e-7.
+  return {vmax(x, Vec{}) - t * tail, phi + x * bell * 0.3989422804f};
 }
 
 // x s, s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as (x / 2) (1 + tanh(u)).

@@ -1,6 +1,6 @@
 // ctr::attention_block and its backward on CPUs: the attention half of a transformer layer, norm and residual included.
 //
-// A few samples at a time go through norm, projection, attention, projection and residual: what one step writes the next
+// A few samples at a time go through norm, projection, attention, projection, residual: what one step writes the next
 // one reads from the cache. Backward the gradients of q | k | v and of the attended values are in memory for those
 // samples only.
 #include <algorithm>

@@ -56,6 +56,22 @@ inline SliceDropout slice_dropout(const FfnArgs& args, const Tile& tile, int64_t
   return {static_cast<uint64_t>(tile.first * groups + slice * (kSlice / 32)), static_cast<uint64_t>(groups)};
 }
 
+// Those of a row's 64 units. Two groups at once, unless their counters do not share the high word.
+__attribute__((always_inline)) inline void slice_multipliers(Dropping& dropping, uint64_t group,
+                                                             Vec (&out)[kSlice / W]) {
+  dropping.take_high(group * 8);
+  if (((group + 1) * 8) >> 32 == dropping.key.high) {
+    group_multipliers<2>(dropping, group, out);
+  } else {
+    Vec half[kGroupVectors];
+    for (int i = 0; i < 2; ++i) {
+      dropping.take_high((group + i) * 8);
+      group_multipliers<1>(dropping, group + i, half);
+      for (int v = 0; v < kGroupVectors; ++v) out[i * kGroupVectors + v] = half[v];
+    }
+  }
+}
+
 // The masks are drawn in the same loop as the activation: random numbers are integer work in long chains, next to which
 // the polynomials cost less than they do alone.
 template <Activation kActivation>
@@ -64,32 +80,30 @@ void activate_slice(float* hidden, Dropping* dropping, const SliceDropout& at, i
     for (int64_t i = 0; i < rows * kSlice; i += W) store(hidden + i, activate<kActivation>(load(hidden + i)).value);
     return;
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t group = 0; group < kSlice / 32; ++group, hidden += 32) {
-      Vec multipliers[kGroupVectors];
-      group_multipliers(*dropping, at.first + r * at.stride + group, multipliers);
-      for (int v = 0; v < kGroupVectors; ++v)
-        store(hidden + v * W, activate<kActivation>(load(hidden + v * W)).value * multipliers[v]);
-    }
+  for (int64_t r = 0; r < rows; ++r, hidden += kSlice) {
+    Vec multipliers[kSlice / W];
+    slice_multipliers(*dropping, at.first + r * at.stride, multipliers);
+    for (int v = 0; v < kSlice / W; ++v)
+      store(hidden + v * W, activate<kActivation>(load(hidden + v * W)).value * multipliers[v]);
+  }
 }
 
 // hidden: A -> H; grad: dH -> dA.
 template <Activation kActivation>
 void differentiate_slice(float* hidden, float* grad, Dropping* dropping, const SliceDropout& at, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t group = 0; group < kSlice / 32; ++group, hidden += 32, grad += 32) {
-      Vec multipliers[kGroupVectors];
-      if (dropping != nullptr) group_multipliers(*dropping, at.first + r * at.stride + group, multipliers);
-      for (int v = 0; v < kGroupVectors; ++v) {
-        ValueAndSlope h = activate<kActivation>(load(hidden + v * W));
-        if (dropping != nullptr) {
-          h.value *= multipliers[v];
-          h.slope *= multipliers[v];
-        }
-        store(hidden + v * W, h.value);
-        store(grad + v * W, load(grad + v * W) * h.slope);
+  for (int64_t r = 0; r < rows; ++r, hidden += kSlice, grad += kSlice) {
+    Vec multipliers[kSlice / W];
+    if (dropping != nullptr) slice_multipliers(*dropping, at.first + r * at.stride, multipliers);
+    for (int v = 0; v < kSlice / W; ++v) {
+      ValueAndSlope h = activate<kActivation>(load(hidden + v * W));
+      if (dropping != nullptr) {
+        h.value *= multipliers[v];
+        h.slope *= multipliers[v];
       }
+      store(hidden + v * W, h.value);
+      store(grad + v * W, load(grad + v * W) * h.slope);
     }
+  }
 }
 
 template <Activation kActivation>
@@ -102,7 +116,7 @@ void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
     const float* x = tile_rows(args, args.x, tile, x_rows.get());
     const float* residual = nullptr;
     if (args.norm.gamma != nullptr) {
-      normalise_rows(args.norm, x, tile.rows, args.dp, normed.get());
+      normalise_rows(args.norm, x, tile.rows, args.dp, normed.get(), nullptr);
       residual = args.normed_residual ? normed.get() : x;
       x = normed.get();
     }
@@ -132,13 +146,14 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
   const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
   Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
   const int64_t dp = args.dp;
+  RowMoments kept[kFfnTile];
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
     const float *input = tile_rows(args, args.x, tile, x_rows.get()), *x = input;
     const float* gy = tile_rows(args, args.grad_out, tile, gy_rows.get());
     float *out = tile_out(args, tile, gx_rows.get()), *gx = out;
     if (args.norm.gamma != nullptr) {
-      normalise_rows(args.norm, input, tile.rows, dp, normed.get());
+      normalise_rows(args.norm, input, tile.rows, dp, normed.get(), kept);
       x = normed.get();
       gx = gx_rows.get();  // of the norm's output
     }
@@ -161,7 +176,7 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
       gemm<Layout::transposed>(kSlice, dp, tile.rows, hidden.get(), kSlice, gy, dp, Add{sums.w2t + unit * dp, dp});
     }
     if (args.norm.gamma != nullptr)
-      differentiate_rows(args.norm, input, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, false,
+      differentiate_rows(args.norm, input, kept, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, false,
                          sums.gamma, sums.beta, normed.get());
     flush_tile(args, tile, out);
   }

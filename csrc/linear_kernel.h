@@ -19,7 +19,7 @@ inline void linear_forward(const LinearArgs& args, int64_t first, int64_t last) 
     const float* x = args.x + token * args.in;
     float* y = args.y + token * args.out;
     if (args.norm.gamma != nullptr) {
-      normalise_rows(args.norm, x, rows, args.in, normed.get());
+      normalise_rows(args.norm, x, rows, args.in, normed.get(), nullptr);
       x = normed.get();
     }
     if (args.residual != nullptr)
@@ -34,11 +34,12 @@ inline void linear_forward(const LinearArgs& args, int64_t first, int64_t last) 
 
 inline void linear_backward(const LinearArgs& args, const LinearGradients& sums, int64_t first, int64_t last) {
   const bool norm = args.norm.gamma != nullptr;
+  RowMoments kept[kLinearTile];
   const Buffer normed(norm ? kLinearTile * args.in : 0), grad(norm ? kLinearTile * args.in : 0);
   for (int64_t token = first * kLinearTile; token < last * kLinearTile && token < args.tokens; token += kLinearTile) {
     const int64_t left = args.tokens - token, rows = left < kLinearTile ? left : kLinearTile, at = token * args.in;
     const float *x = args.x + at, *gy = args.y + token * args.out;
-    if (norm) normalise_rows(args.norm, x, rows, args.in, normed.get());
+    if (norm) normalise_rows(args.norm, x, rows, args.in, normed.get(), kept);
     if (norm || args.residual == nullptr)
       gemm<Layout::rows>(rows, args.in, args.out, gy, args.out, args.weight, args.in,
                          Store{norm ? grad.get() : args.grad_x + at, args.in, args.around && !norm});
@@ -49,7 +50,7 @@ inline void linear_backward(const LinearArgs& args, const LinearGradients& sums,
                              Add{sums.weight, args.in});
     add_columns(gy, args.out, rows, args.out, sums.bias);
     if (norm)
-      differentiate_rows(args.norm, x, grad.get(), args.residual == nullptr ? nullptr : args.residual + at, rows,
+      differentiate_rows(args.norm, x, kept, grad.get(), args.residual == nullptr ? nullptr : args.residual + at, rows,
                          args.in, args.grad_x + at, args.around, sums.gamma, sums.beta, normed.get());
   }
   finish_streams();

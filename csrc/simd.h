@@ -56,6 +56,21 @@ inline Vec vmax(Vec a, Vec b) {
 #endif
 }
 
+// The smaller element, alike.
+inline Vec vmin(Vec a, Vec b) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif CTR_WIDTH == 8 && defined(__AVX__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#elif CTR_WIDTH == 4 && defined(__SSE__)
+  return (Vec)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Vec vabs(Vec v) { return (Vec)((IVec)v & 0x7FFFFFFF); }
+
 inline IVec lane_index() {
   IVec lanes;
   for (int i = 0; i < W; ++i) lanes[i] = i;

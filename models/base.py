@@ -82,13 +82,30 @@ class LogitLinear(nn.Linear):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout whose masks cost a third on CPUs: bernoulli_ draws number after number, torch.rand whole vectors.
+
+    Other devices have a fused kernel.
+
+    >>> Dropout(0.5)(torch.ones(2, 8)).shape
+    torch.Size([2, 8])
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[...] -> [...]."""
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        kept = torch.rand(x.shape) >= self.p  # fp32 whatever x is: 24 random bits
+        return x * kept.to(x.dtype).mul_(1.0 / (1.0 - self.p))
+
+
 def study_head(dim: int, dropout: float) -> nn.Sequential:
     """LayerNorm, Linear(dim, dim), ReLU, dropout, Linear(dim, 1): pooled token [B, dim] -> logits [B].
 
     The baseline study gives the widths 64 -> 64 -> 1 only; ReLU and the dropout behind it are our choice. The
     norm comes after the pooling: the same for a CLS token, and one row instead of 27 for the mean.
     """
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout), LogitLinear(dim))
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU(), Dropout(dropout), LogitLinear(dim))
 
 
 def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequential:
@@ -98,7 +115,7 @@ def mlp(dims: Sequence[int], *, batch_norm: bool, dropout: float) -> nn.Sequenti
         layers.append(nn.Linear(inputs, outputs))
         if batch_norm:
             layers.append(nn.BatchNorm1d(outputs))
-        layers += [nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.ReLU(), Dropout(dropout)]
     return nn.Sequential(*layers)
 
 
