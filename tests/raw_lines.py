@@ -31,3 +31,12 @@ def features(line: str, hash_bins: int) -> tuple[int, list[float], list[int]]:
             state = ((state ^ ord(character)) * 16777619) % 2**32
         sparse.append(state % hash_bins if string else 0)
     return int(label), dense, sparse
+
+
+def history(id_: int, past: list[tuple[int, int]]) -> tuple[float, float]:
+    """The history features (rate, frequency) of an id that comes in these rows (id, label), worked out one by one."""
+    count = sum(other == id_ for other, _ in past)
+    clicks = sum(label for other, label in past if other == id_)
+    mean = (sum(label for _, label in past) + 1) / (len(past) + 4)
+    rate = (clicks + 10 * mean) / (count + 10)
+    return math.log(rate / (1 - rate)) - math.log(mean / (1 - mean)), math.log10((count + 1) / (len(past) + 100))

@@ -1,7 +1,6 @@
 """Going on with a trained model on the rows of later days: `ctr-train --from RUN --data NEXT`."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cli import assert_fails
-from raw_lines import features, raw_lines
+from raw_lines import features, history, raw_lines
 
 from ctr_train.checkpoint import build_model, kept_path, load_checkpoint
 from ctr_train.continued import Continued
@@ -73,14 +72,6 @@ def scored(run: Path, raw: Path) -> float:
 
     trained = Trained.load(run, checkpoint=None, kernels="auto", device="cpu", threads=1)
     return score_raw(trained, raw, None, None)["logloss"]
-
-
-def history(id_: int, past: list[tuple[int, int]]) -> tuple[float, float]:
-    count = sum(other == id_ for other, _ in past)
-    clicks = sum(label for other, label in past if other == id_)
-    mean = (sum(label for _, label in past) + 1) / (len(past) + 4)
-    rate = (clicks + 10 * mean) / (count + 10)
-    return math.log(rate / (1 - rate)) - math.log(mean / (1 - mean)), math.log10((count + 1) / (len(past) + 100))
 
 
 @pytest.mark.parametrize("folds", [4, 0], ids=["cross-fitted", "ordered"])

@@ -1,13 +1,12 @@
 """Rare ids, history and the split at the tail: worked out a row at a time, without leakage, the same for raw rows."""
 
-import math
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_lines import features, raw_lines
+from raw_lines import features, history, raw_lines
 
 from ctr_train.data import raw
 from ctr_train.data.artifacts import Artifacts
@@ -50,15 +49,6 @@ def write(path: Path, lines: list[str]) -> Path:
 
 def rows_of(directory: Path, name: str = "train"):
     return open_split(directory, name).slice(0, 10_000)
-
-
-def history(id_: int, past: list[tuple[int, int]]) -> tuple[float, float]:
-    """(rate, frequency) of an id after rows (id, label)."""
-    count = sum(other == id_ for other, _ in past)
-    clicks = sum(label for other, label in past if other == id_)
-    mean = (sum(label for _, label in past) + 1) / (len(past) + 4)
-    rate = (clicks + 10 * mean) / (count + 10)
-    return math.log(rate / (1 - rate)) - math.log(mean / (1 - mean)), math.log10((count + 1) / (len(past) + 100))
 
 
 def test_history_and_rare_ids_of_every_row_as_one_row_at_a_time_gives_them(tmp_path: Path) -> None:
