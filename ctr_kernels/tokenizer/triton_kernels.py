@@ -208,7 +208,7 @@ def backward_kernel(
     K: tl.constexpr, N: tl.constexpr, S: tl.constexpr, D: tl.constexpr, ONE: tl.constexpr, CLS: tl.constexpr,
     BIASED: tl.constexpr, SUMS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """A grid-stride loop over groups of ROWS samples, one slice of their tokens: row gradients, and sums over samples."""
+    """A grid-stride loop over groups of ROWS samples, a slice of their tokens: row gradients, and sums over samples."""
     HEAD: tl.constexpr = CLS + (1 if ONE else N)
     FIELD_SLICES: tl.constexpr = (K + TOKENS - 1) // TOKENS
     SLICES: tl.constexpr = FIELD_SLICES + (CLS + N + TOKENS - 1) // TOKENS
