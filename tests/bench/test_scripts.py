@@ -145,8 +145,8 @@ def test_memory_computed_and_measured(run, monkeypatch: pytest.MonkeyPatch) -> N
 def test_data(run) -> None:
     rows = run("data", "--rows", "1000", "--threads", "1")
     assert [(row.kernel, row.provider) for row in rows] == [
-        ("prepare", "ours"), ("prepare", "pyarrow.csv.read_csv"), ("prepare", "line by line"), ("loader", "ours"),
-        ("loader", "ours")]
+        ("prepare", "ours"), ("prepare", "ours, default recipe"), ("prepare", "pyarrow.csv.read_csv"),
+        ("prepare", "line by line"), ("loader", "ours"), ("loader", "ours")]
     assert all(row.rows_per_s and row.version for row in rows) and rows[0].memory_mb > 10
 
 
