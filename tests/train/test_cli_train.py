@@ -26,7 +26,7 @@ from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.prepare import prepare
 from ctr_train.data.synth import write_synthetic
 from ctr_train.evaluate import gold_report
-from ctr_train.recipes import HYPERPARAMETERS, Facts, resolve_recipe
+from ctr_train.recipes import DEFAULT, HYPERPARAMETERS, Facts, preparation_of, resolve_recipe
 from ctr_train.runlog import read_log, rows_per_second
 
 QUICK = ("--model", "dcnv2", "--epochs", "1", "--batch-size", "64", "--lr", "0.001", "--device", "cpu",
@@ -300,11 +300,11 @@ def test_without_data_synthetic_rows_are_made_once(tmp_path, monkeypatch, capsys
 
 @pytest.fixture(scope="module")
 def few_rows(tmp_path_factory) -> Path:
-    """Prepared data of 400 rows, 2 of them gold: Triton's interpreter is slow."""
+    """400 rows as the default recipe prepares them, 2 of them gold: Triton's interpreter is slow."""
     directory = tmp_path_factory.mktemp("few")
     write_synthetic(directory / "raw.tsv", rows=400, seed=2)
     prepare([directory / "raw.tsv"], directory / "prepared", hash_bins=200, valid_ratio=0.1, gold_rows=2,
-            missing_indicator=False, on_bad_line="error", progress=None)
+            **preparation_of(DEFAULT).settings({}))
     return directory / "prepared"
 
 
@@ -314,7 +314,7 @@ def test_triton_kernels_train_as_eager_ones_do(ctr_train, few_rows, tmp_path, mo
     """In Triton's interpreter: three steps with dropout, whose masks are the same, then the gold rows."""
     arguments = ["--model", model, "--data", str(few_rows), "--batch-size", "2", "--steps-per-epoch", "3",
                  "--epochs", "1", "--dropout", "0.1", "--warmup", "0", "--calibration-rows", "0", "--device", "cpu",
-                 "--threads", "1"]
+                 "--threads", "1", "--validation-share", "0"]
     done = subprocess.run([*COMMAND, *arguments, "--kernels", "triton", "--out", str(tmp_path / "triton")],
                           capture_output=True, text=True, timeout=300, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
