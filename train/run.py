@@ -76,7 +76,7 @@ def _begin(directory: Path, request: Request, continued: Continued | None) -> in
     _settings(request, model, request.recipe or DEFAULT, Facts(), continued)
     place = choose_device(request.machine.get("device"))
     resolve_kernels(request.machine.get("kernels") or "auto", place, model)
-    data = obtain(_wanted(request, continued), directory)
+    data = obtain(_wanted(request, request.recipe, continued), directory)
     artifacts, note = Artifacts.load(data), None
     check_two_classes(artifacts, data)
     if continued is not None:
@@ -109,13 +109,17 @@ def _go_on(directory: Path, request: Request, continued: Continued | None) -> in
     if (directory / "gold.json").exists():
         click.echo(result_table(directory))
         return 0
-    data = obtain(_wanted(request, continued), directory) if request.data else Path(stored["data"])
+    data = Path(stored["data"])
+    if request.data:  # prepared as the run's were, if they are raw
+        if continued is None and stored["from"] is not None:
+            continued = Continued.load(Path(stored["from"]))
+        data = obtain(_wanted(request, stored["recipe"], continued), directory)
     machine = {name: value for name, value in request.machine.items() if value is not None}
     return execute(directory, {**stored, **machine}, data, resumed=True, continued=continued)
 
 
-def _wanted(request: Request, continued: Continued | None) -> Wanted:
-    return Wanted(request.data, request.prepared, request.recipe, request.preparation,
+def _wanted(request: Request, recipe: str | None, continued: Continued | None) -> Wanted:
+    return Wanted(request.data, request.prepared, recipe, request.preparation,
                   None if continued is None else continued.base)
 
 

@@ -28,14 +28,6 @@ class Base:
             counts = ValueCounts.load(directory, artifacts.values, artifacts.hash_bins)
         return cls(artifacts, counts)
 
-    @property
-    def numeric_edges(self) -> list[list[float]]:
-        return self.artifacts.numeric_edges
-
-    @property
-    def history_moments(self) -> list[list[float]]:
-        return self.artifacts.history_moments
-
     def applied_to(self, settings: Artifacts) -> Artifacts:
         """`settings` with all that the model depends on as it is here; how rows are split stays as asked for."""
         taken = {name: getattr(self.artifacts, name) for name in (*MODEL_FIELDS, "folds", "recipe")}

@@ -163,7 +163,8 @@ def prepare(
         with files.read() as sources:
             _write_splits(sources, settings, work, on_bad_line, rule, ValueFeatures(settings, counts, past), progress)
         if base is not None:  # the model has these in its weights' place: a feature must go on meaning the same
-            settings.numeric_edges, settings.history_moments = base.numeric_edges, base.history_moments
+            settings.numeric_edges = base.artifacts.numeric_edges
+            settings.history_moments = base.artifacts.history_moments
         if counts is not None:
             settings.values = counts.save(work)
         settings.save(work)
