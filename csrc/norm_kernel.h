@@ -24,7 +24,8 @@ inline RowMoments moments(const float* x, int64_t width, float eps) {
     const Vec off = load(x + c) - mean;
     squares += off * off;
   }
-  return {mean, 1.0f / std::sqrt(sum_lanes(squares)[0] / static_cast<float>(width) + eps)};
+  const float variance = sum_lanes(squares)[0] / static_cast<float>(width);
+  return {mean, (1.0f + (variance - variance)) / std::sqrt(variance + eps)};  // NaN, not 0, where it overflows
 }
 
 // out [rows, width] = LN(x [rows, width]); width is a multiple of W. kept [rows]: the rows' moments, or null.

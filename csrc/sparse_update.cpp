@@ -77,6 +77,8 @@ void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Ten
   const Ids all = ids_of(ids);
   check_shape(rows, {all.count, args.dim}, "rows");
   STD_TORCH_CHECK(rows.is_contiguous(), "rows must be contiguous");
+  STD_TORCH_CHECK(std::isfinite(lr) && lr >= 0.0 && lr * weight_decay < 1.0, "lr ", lr, " with weight_decay ",
+                  weight_decay, ": lr must be finite and not negative, and their product below 1");
   double rate = lr;
   if (args.rule == RowRule::lazy_adam) {
     args.first = state_of<void>(first, {args.num_rows, args.dim}, "the first moment");

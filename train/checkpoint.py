@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, in one file that is either whole or not there."""
 
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from .files import atomic_path
 from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
-VERSION = 5
+VERSION = 6
+CONTENT = {"model": dict, "optimizers": list, "schedulers": list, "loader": dict, "step": int, "config": dict,
+           "artifacts": dict, "best": (dict, type(None)), "average": dict, "calibration": dict, "rng": dict,
+           "log": dict}
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 UNCALIBRATED = {"scale": 1.0, "shift": 0.0}  # scored logits are scale * logit + shift
@@ -33,13 +37,15 @@ def save_checkpoint(
     artifacts: Artifacts,
     best: dict[str, Any] | None,
     average: dict[str, torch.Tensor],
+    log: dict[str, Any],
 ) -> None:
     """Write the state after `step` steps, and that of torch's random generators, atomically.
 
     Args:
         config: the run's settings; config["model"] names the model. Numbers, strings, lists and dicts only.
         artifacts: those of the data the model is trained on.
-        best: {"step", "logloss", ...} of the best evaluation so far; None without one.
+        best: {"step", "logloss", "latest", ...} of the best evaluation so far; None without one.
+        log: {"chain": of the last line of metrics.jsonl, "losses": of the steps after it}.
         average: the weights that scoring takes in place of the model's, by name; {} without `ema`.
 
     Raises UserError where the file cannot be written (an earlier file of that name stays as it is).
@@ -56,6 +62,7 @@ def save_checkpoint(
         "artifacts": artifacts.to_dict(),
         "best": best,
         "average": average,
+        "log": log,
         "calibration": UNCALIBRATED,
         "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []},
     }
@@ -76,12 +83,17 @@ def write_checkpoint(path: Path | str, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU: the keys that `save_checkpoint` writes.
 
-    Nothing but tensors and plain values is unpickled, so that a file from elsewhere cannot run code.
+    The checksums that the file holds are verified first, 1 to 2 GB/s. Nothing but tensors and plain values is
+    unpickled, so that a file from elsewhere cannot run code.
 
     Raises UserError for a file that is missing, damaged or no checkpoint, and for another model than `model_name`.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            if (wrong := zipfile.ZipFile(file).testzip()) is not None:  # torch.load does not look at them
+                raise zipfile.BadZipFile(f"the checksum of its part {wrong} is wrong")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a damaged or foreign file surfaces as almost any type
@@ -91,9 +103,13 @@ def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str
         raise UserError(f"{path} is no checkpoint or a damaged one ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a PyTorch file, but no checkpoint of ctr-train")
-    if content["version"] != VERSION:
-        raise UserError(f"{path} has checkpoint version {content['version']}; this program reads version {VERSION}")
-    found = content["config"]["model"]
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} has checkpoint version {content.get('version')}; this program reads version {VERSION}")
+    for key, kind in CONTENT.items():
+        if key not in content or not isinstance(content[key], kind):
+            found = type(content[key]).__name__ if key in content else "missing"
+            raise UserError(f"{path} is damaged: its {key!r} is {found}")
+    found = content["config"].get("model")
     if model_name is not None and found != model_name:
         raise UserError(f"{path} is a checkpoint of the model {found!r}, not of {model_name!r}")
     return content
@@ -152,6 +168,9 @@ def build_model(config: dict[str, Any], artifacts: Artifacts, kernels: str) -> C
     name = config["model"]
     if name not in MODELS:
         raise UserError(f"model {name!r}: choose one of {', '.join(MODELS)}")
+    for key in (*MODEL_ARGUMENTS, "embedding_dtype", "pooling", "shortcut"):
+        if key not in config:
+            raise UserError(f"the settings of the model {name!r} have no {key!r}: they are of another version")
     if config["tables"] == "per-field" and artifacts.min_count > 1:
         raise UserError("--tables per-field: in these data, prepared with --min-count, each field has rows of its own "
                         "already; leave the option out")

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from ctr_models import CTRModel
 
 from .checkpoint import build_model, kept_path, load_checkpoint, load_scored
-from .command import run_command
+from .command import PATH, run_command
 from .data.artifacts import Artifacts
 from .data.raw import read_features
 from .data.values import ValueCounts
 from .errors import UserError
 from .evaluate import Progress, split_report
+from .files import check_output
 from .machine import choose_device, resolve_kernels, set_up_torch
 from .score import score
 
@@ -57,6 +58,9 @@ class Trained:
         """
         path = kept_path(run, checkpoint)
         content = load_checkpoint(path)
+        if checkpoint is None and path.name == "last.pt" and content["best"] is not None:
+            raise UserError(f"{run / 'best.pt'} is missing, though the run has evaluated and kept the weights of step "
+                            f"{content['best']['step']:,}; for those of its last step say --checkpoint last")
         config = content["config"]
         try:
             artifacts = Artifacts.from_dict(content["artifacts"])
@@ -80,13 +84,13 @@ class Trained:
 
 
 @click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), help="Directory made by `ctr-data prepare`: metrics on one of "
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, help="Directory made by `ctr-data prepare`: metrics on one of "
               "its splits.")
 @click.option("--split", type=click.Choice(["gold", "valid", "train"]), help="Of --data.  [default: gold]")
-@click.option("--input", "raw", type=click.Path(path_type=Path), help="Raw rows, plain or .gz: 40 TAB-separated "
+@click.option("--input", "raw", type=PATH, help="Raw rows, plain or .gz: 40 TAB-separated "
               "columns (metrics), or 39 without the label (predictions only).")
-@click.option("--predictions", type=click.Path(path_type=Path), help="Parquet file to write for --input: line (from "
+@click.option("--predictions", type=PATH, help="Parquet file to write for --input: line (from "
               "0), probability, logit, and label if known.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Which weights.  [default: best where the run "
@@ -107,6 +111,8 @@ def command(run: Path, data: Path | None, split: str | None, raw: Path | None, p
         raise UserError(f"--predictions {predictions} needs --input: prepared rows have lost their line numbers")
     if raw is not None and split is not None:
         raise UserError(f"--split {split} needs --data: raw rows are scored as one")
+    if predictions is not None and raw is not None:
+        check_output(predictions, [raw])
     trained = Trained.load(run, checkpoint=checkpoint, kernels=kernels, device=device, threads=threads)
     started = time.perf_counter()
     if data is not None:

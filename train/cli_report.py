@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from .command import run_command
+from .command import PATH, run_command
 from .errors import UserError
-from .files import atomic_path, read_json
+from .files import atomic_path
 from .plots import RunCurves, draw_curves, draw_reliability
+from .records import CONFIG, RESULT, read_config, read_result
 from .runlog import read_log, rows_per_second
 
 NAME = "ctr-report"
@@ -38,20 +39,12 @@ class RunResult:
     @classmethod
     def load(cls, directory: Path) -> "RunResult":
         """UserError where the directory is no run, or a file in it is damaged."""
-        if not (directory / "config.json").is_file():
+        if not (directory / CONFIG).is_file():
             raise UserError(f"{directory} is no run: " + ("it has no config.json" if directory.is_dir()
                                                           else "there is no such directory"))
-        config = read_json(directory / "config.json")
-        gold = read_json(directory / "gold.json") if (directory / "gold.json").exists() else None
-        try:
-            log = read_log(directory)
-        except ValueError as error:
-            raise UserError(f"{directory / 'metrics.jsonl'} is damaged: {error}") from error
-        _check_keys(config, ("model", "variant", "recipe", "batch_size", "kernels_resolved"), directory / "config.json")
-        if gold is not None:
-            _check_keys(gold, (*METRICS.values(), "rows", "sha256", "rows_trained", "rows_per_s", "reliability",
-                               "best_possible"), directory / "gold.json")
-        return cls(directory.resolve().name, config, gold, log)
+        gold = read_result(directory) if (directory / RESULT).exists() else None
+        log = read_log(directory, None if gold is None else gold["log"])
+        return cls(directory.resolve().name, read_config(directory), gold, log)
 
     @property
     def rows_trained(self) -> int:
@@ -67,18 +60,14 @@ class RunResult:
         return known["logloss"] if known else None
 
 
-def _check_keys(content: Any, keys: Sequence[str], path: Path) -> None:
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path} is damaged or of another version: it has no {missing[0]!r}")
-
-
 @click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"),
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, default=Path("report"),
               help="Directory for report.md, curves.png and reliability.png.")
 def command(runs: tuple[Path, ...], out: Path) -> None:
     """Compare runs of ctr-train: a markdown table sorted by gold logloss, and two pictures."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: it is a file; the report needs a directory")
     results, groups = ranked(load_runs(runs))
     table = markdown(results, groups)
     curves = [_curves(result, groups) for result in results]

@@ -9,7 +9,7 @@ from ctr_models import MODELS
 from ctr_models.base import SHORTCUTS
 from ctr_models.numeric import NUMERIC_MODES
 
-from .command import run_command
+from .command import PATH, run_command
 from .machine import EMBEDDING_DTYPES, PRECISIONS
 from .optim import EMBEDDING_OPTIMIZERS
 from .recipes import HYPERPARAMETERS, NAMES
@@ -21,20 +21,20 @@ NAME = "ctr-train"
 
 @click.command(NAME, context_settings={"max_content_width": 120, "show_default": True})
 @click.option("--model", type=click.Choice(list(MODELS)), help="What to train; needed unless --resume says it.")
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), help="Raw rows, plain or .gz, which are "
+@click.option("--data", multiple=True, type=PATH, help="Raw rows, plain or .gz, which are "
               "prepared first (further files may follow the options: --data A B C), or a directory made by `ctr-data "
               "prepare`.  [default: synthetic rows, made on first use]")
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--prepared", type=click.Path(path_type=Path), help="Where raw rows are prepared; used again by later "
+@click.argument("more", nargs=-1, type=PATH)
+@click.option("--prepared", type=PATH, help="Where raw rows are prepared; used again by later "
               "runs on the same files.  [default: `data` in the run's directory]")
 @click.option("--split", type=click.Choice(["hash", "tail"]), help="Of raw rows: validation lines are drawn from the "
               "line's index, or the last ones, as time does.  [default: hash]")
 @click.option("--valid-ratio", type=float, help="Of raw rows: share of validation lines.  [default: 0.05]")
-@click.option("--from", "run_from", type=click.Path(path_type=Path), help="Go on training that finished run's model on "
+@click.option("--from", "run_from", type=PATH, help="Go on training that finished run's model on "
               "the rows of --data, its next day.")
 @click.option("--recipe", type=click.Choice(NAMES), help="Hyperparameters by name; options below override single "
               "ones.  [default: the one that the data were prepared for]")
-@click.option("--out", type=click.Path(path_type=Path), help="Directory of the run.  [default: runs/MODEL-TIME]")
+@click.option("--out", type=PATH, help="Directory of the run.  [default: runs/MODEL-TIME]")
 @click.option("--resume", is_flag=True, default=None, help="Go on with the interrupted run in --out.")
 @click.option("--skip-if-done", is_flag=True, default=None, help="Print the result of the same run in --out if it is "
               "finished, go on with it if it is not.")

@@ -1,12 +1,29 @@
-"""What all console scripts share: errors of the user's become one sentence and an exit code."""
+"""What all console scripts share: paths as options, and errors of the user's as one sentence and an exit code."""
 
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 
 from .errors import UserError
 from .interrupt import Killed, exit_code, raise_killed
+
+
+class PathType(click.Path):
+    """A path with a name: an empty one, as an unset variable of a shell gives, would mean the working directory."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(path_type=Path, **settings)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("'' is no path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = PathType()
 
 
 def run_command(command: click.Command, name: str) -> None:

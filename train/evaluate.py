@@ -11,9 +11,8 @@ import torch
 from ctr_models import CTRModel
 
 from .data.artifacts import Artifacts
-from .data.dataset import Part, Split, open_split
-from .errors import UserError
-from .files import sha256
+from .data.dataset import Part, Split, open_verified
+from .interrupt import Interrupted
 from .metrics import evaluate_logits, reliability
 
 LABEL_ROWS = 65_536
@@ -52,6 +51,7 @@ def predict(
     device: torch.device | str,
     precision: str,
     progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> np.ndarray:
     """Logits float32 [split.rows], in the order of the rows, by batches of `batch_size` rows.
 
@@ -59,10 +59,13 @@ def predict(
         model: on `device`; its training mode is left as it was.
         precision: "fp32", "tf32" or "bf16".
         progress: called with the number of rows of each batch once it is scored.
+        stop: asked before each batch; Interrupted is raised once it says True.
     """
     logits = []  # kept on the device: fetching each batch would make the host wait for it
     with scoring(model, device, precision):
         for start in range(0, split.rows, batch_size):
+            if stop is not None and stop():
+                raise Interrupted
             rows = split.slice(start, start + batch_size)
             logits.append(batch_logits(model, rows.dense, rows.sparse, device))
             if progress is not None:
@@ -96,16 +99,12 @@ def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: 
 
     Raises UserError where the file is missing, or is not the one whose checksum the artifacts hold.
     """
-    split = open_split(data, name)
-    checksum = sha256(split.path)
-    expected = artifacts.outputs[name]["sha256"]
-    if checksum != expected:
-        raise UserError(f"{split.path} has the SHA-256 {checksum}, its artifacts.json says {expected}: prepare again")
+    split = open_verified(data, name, artifacts)
     logits, labels = predict(model, split, **options), labels_of(split)
     return {
         "split": name,
         "file": split.path.name,
-        "sha256": checksum,
+        "sha256": artifacts.outputs[name]["sha256"],
         **evaluate_logits(logits, labels),
         "best_possible": (artifacts.best_possible or {}).get(name),
         "reliability": reliability(logits, labels),

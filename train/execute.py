@@ -9,16 +9,19 @@ import torch
 from .checkpoint import build_model, newest_checkpoint
 from .continued import Continued
 from .data.artifacts import Artifacts
-from .data.dataset import Part, Split, open_split
+from .data.dataset import Part, Split, open_split, open_verified
 from .data.loader import Loader
 from .data.values import FILE as VALUES_FILE
+from .data.values import check_file
 from .errors import UserError
-from .files import copy_file, write_json
+from .files import copy_file
 from .finish import finish, result_table
 from .graph import CudaRecorder, choose_cuda_graph
 from .interrupt import Interrupt, exit_code
 from .loop import Trainer
 from .machine import choose_device, resolve_kernels, set_up_torch, versions
+from .recipes import HYPERPARAMETERS
+from .records import write_config
 
 MAX_VALIDATION_ROWS = 200_000  # more would tell little more, and take long
 
@@ -46,6 +49,7 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     graphed = choose_cuda_graph(settings["cuda_graph"], device, resolved)
     artifacts, train = _open_data(data)
     if checkpoint is not None:
+        _check_run(directory, settings, checkpoint["config"])
         _check_data(data, artifacts, Artifacts.from_dict(checkpoint["artifacts"]))
     rows, valid = divide(train, settings["validation_share"])
     loader = Loader(rows, batch_size=settings["batch_size"], shuffle=True, seed=settings["seed"], drop_last=True,
@@ -65,7 +69,7 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
         first = (continued or Continued.load(Path(config["from"]))).state(model, artifacts)
     model.to(device)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", config)
+    write_config(directory, config)
     artifacts.save(directory)
     if artifacts.counts_values:
         copy_file(data / VALUES_FILE, directory / VALUES_FILE)  # raw rows get the same features from the run alone
@@ -110,12 +114,19 @@ def divide(train: Split, share: float) -> tuple[Split | Part, Split | Part | Non
 def _open_data(data: Path) -> tuple[Artifacts, Split]:
     """Artifacts and training rows; UserError where a split is not what the artifacts say."""
     artifacts = Artifacts.load(data)
-    splits = [open_split(data, name) for name in ("train", "valid", "gold")]
-    for name, split in zip(("train", "valid", "gold"), splits, strict=True):
-        if (split.rows, split.num_dense) != (artifacts.counts[name], artifacts.num_dense):
-            raise UserError(f"{split.path} holds {split.rows:,} rows of {split.num_dense} numeric features, its "
-                            f"artifacts.json says {artifacts.counts[name]:,} of {artifacts.num_dense}: prepare again")
-    return artifacts, splits[0]
+    open_split(data, "valid")  # not read by a training run
+    if artifacts.counts_values:
+        check_file(data / VALUES_FILE, artifacts.values)
+    open_verified(data, "gold", artifacts)
+    return artifacts, open_verified(data, "train", artifacts)
+
+
+def _check_run(directory: Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:
+    """UserError unless the checkpoint is of the run that config.json describes."""
+    for name in (*HYPERPARAMETERS, "model", "recipe", "seed", "deterministic", "from"):
+        if saved.get(name) != settings[name]:
+            raise UserError(f"the checkpoint in {directory} is of a run with {name} {saved.get(name)}, its config.json "
+                            f"says {settings[name]}: one of them belongs elsewhere")
 
 
 def _check_data(data: Path, now: Artifacts, then: Artifacts) -> None:

@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .locks import claim, release, remove, sweep, temporary_name
+
+PARQUET = b"PAR1"  # a Parquet file begins with it
+CHECKSUM, FORMAT = "checksum", "format"  # entries of a record beside its content
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`; synced and renamed onto it on success, removed on any failure.
 
-    OSError (full disk, no permission, ...) becomes a UserError that names `path`.
+    What killed processes have left of `path` is removed first. OSError (full disk, no permission, ...) becomes a
+    UserError that names `path`.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, claimed = Path(path), None
+    temporary = temporary_name(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: {'Is a directory' if path.is_dir() else 'it is no regular file'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        claimed = claim(temporary)
         yield temporary
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
@@ -34,8 +43,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        remove(temporary)
+        release(claimed)
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -43,6 +52,32 @@ def write_json(path: Path | str, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def write_record(path: Path | str, kind: str, content: dict[str, Any]) -> None:
+    """`write_json` with the format in front, "ctr-kernels <kind>", and a checksum of all entries at the end."""
+    record = {FORMAT: f"ctr-kernels {kind}", **content}
+    write_json(path, {**record, CHECKSUM: _checksum(record)})
+
+
+def read_record(path: Path | str, kind: str) -> dict[str, Any]:
+    """The content that `write_record` wrote; UserError for a file that is missing, damaged or something else.
+
+    kind: a name and a version, "run 2".
+    """
+    record = read_json(path)
+    found = record.get(FORMAT) if isinstance(record, dict) else None
+    if found != f"ctr-kernels {kind}":
+        raise UserError(f"{path} is " + (f"of the format {found!r}, not" if found else "damaged or of another version: "
+                                         "it does not name the format") + f" 'ctr-kernels {kind}'")
+    if record.pop(CHECKSUM, None) != _checksum(record):
+        raise UserError(f"{path} is damaged, or was changed by hand: its checksum is that of another content")
+    del record[FORMAT]
+    return record
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def copy_file(source: Path | str, path: Path | str) -> None:
@@ -56,11 +91,16 @@ def copy_file(source: Path | str, path: Path | str) -> None:
 
 def link_file(source: Path | str, path: Path | str) -> None:
     """The same file under a second name, atomically; a copy where the file system has no links."""
+    temporary = temporary_name(Path(path))
     try:
-        with atomic_path(path) as temporary:
-            os.link(source, temporary)
-    except UserError:
+        os.link(source, temporary)
+    except OSError:
         copy_file(source, path)
+        return
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a rename between two names of one file leaves both
 
 
 def read_json(path: Path | str) -> Any:
@@ -69,7 +109,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -80,3 +120,14 @@ def sha256(path: Path | str) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_output(path: Path, inputs: list[Path]) -> None:
+    """UserError where a file of predictions would take the place of a file that is read, or of anything else."""
+    for file in inputs:
+        if path.exists() and file.exists() and path.samefile(file):
+            raise UserError(f"{path} is {file}, which is read: choose another file for the predictions")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as handle:
+            if handle.read(len(PARQUET)) != PARQUET:
+                raise UserError(f"{path} exists and holds something else than predictions: choose another file")

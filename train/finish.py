@@ -9,8 +9,8 @@ from .calibrate import calibrating_shift
 from .checkpoint import UNCALIBRATED, load_checkpoint, load_scored, scored_weights, write_checkpoint
 from .data.dataset import Split
 from .evaluate import gold_report
-from .files import read_json, write_json
 from .loop import Trainer
+from .records import read_config, read_result, write_result
 from .runlog import read_log, rows_per_second, training_loss
 
 
@@ -41,10 +41,10 @@ def finish(directory: Path, trainer: Trainer, train: Split, data: Path) -> None:
     load_scored(trainer.model, content)
     click.echo(f"evaluating on {trainer.artifacts.counts['gold']:,} gold rows", err=True)
     report = gold_report(trainer.model, data, trainer.artifacts, **options)
-    log = read_log(directory)
-    write_json(directory / "gold.json", {
+    log = read_log(directory, trainer.log_chain)
+    write_result(directory, {
         **report, "checkpoint": name, "steps": trainer.step, "rows_trained": trainer.step * config["batch_size"],
-        "rows_per_s": rows_per_second(log), "logit_calibration": calibration,
+        "rows_per_s": rows_per_second(log), "logit_calibration": calibration, "log": trainer.log_chain,
         "training_loss": training_loss(log, content["step"]), "validation": _validation(trainer, log),
     })
 
@@ -60,7 +60,7 @@ def _validation(trainer: Trainer, log: list[dict[str, Any]]) -> dict[str, Any] |
 
 def result_table(directory: Path) -> str:
     """The result of a finished run, a line a figure."""
-    config, gold = read_json(directory / "config.json"), read_json(directory / "gold.json")
+    config, gold = read_config(directory), read_result(directory)
     best, validation = gold.get("best_possible"), gold["validation"]
 
     def against(metric: str) -> str:

@@ -86,15 +86,10 @@ def _prepared(wanted: Wanted, out: Path) -> Path:
         if wanted.prepared is not None:
             raise UserError(f"{out} holds data prepared otherwise ({differences[0]}); choose another --prepared")
     check_out(out)
-    try:
-        found = prepare_with_meter(wanted.paths, out, recipe=recipe, base=wanted.base, **arguments)
-        if found.label_rate["train"] in (0.0, 1.0):
-            shutil.rmtree(out)
-        check_two_classes(found, wanted.paths[0])
-    except UserError:
-        if wanted.prepared is None and out.parent.is_dir() and not any(out.parent.iterdir()):
-            out.parent.rmdir()  # the run's directory, made for these rows
-        raise
+    found = prepare_with_meter(wanted.paths, out, recipe=recipe, base=wanted.base, **arguments)
+    if found.label_rate["train"] in (0.0, 1.0):
+        shutil.rmtree(out)
+    check_two_classes(found, wanted.paths[0])
     return out
 
 

@@ -13,6 +13,10 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
+class Interrupted(Exception):
+    """Work that was asked to stop has stopped, and is to be done again."""
+
+
 class Killed(BaseException):
     """SIGTERM, raised in the main thread as KeyboardInterrupt is, so that on the way out temporary files go."""
 

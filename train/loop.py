@@ -21,7 +21,7 @@ from .errors import UserError
 from .evaluate import evaluate
 from .files import link_file
 from .graph import GraphedStep, Recorder, Step
-from .interrupt import Interrupt
+from .interrupt import Interrupt, Interrupted
 from .optim import load_optimizer, make_optimizers, update
 from .progress import TrainingProgress
 from .runlog import RunLog
@@ -47,8 +47,10 @@ class Trainer:
 
     Attributes:
         step: steps done, by this process or by one before it.
+        log_chain: of the last line of metrics.jsonl; see `RunLog`.
         average: of the weights outside the tables, for evaluations; None without `ema`.
-        best: {"step", "logloss", "evaluations_since"} of the best evaluation so far; None without one.
+        best: {"step", "logloss", "evaluations_since"} of the best evaluation so far, and "latest", the step of the
+            latest one; None without one.
     """
 
     def __init__(self, directory: Path, *, config: dict[str, Any], artifacts: Artifacts, model: CTRModel,
@@ -68,6 +70,8 @@ class Trainer:
             self._update = GraphedStep(self._update, self.optimizers, recorder, loader.settle)
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.log_chain = 0
+        self._interval_losses: list[float] = []  # of the steps since the last line of the log
         self._saved_step: int | None = None  # of the newest checkpoint, and of last.pt
         self._last_step: int | None = None
         self._losses: list[torch.Tensor] = []  # of the latest steps, not yet read by the host
@@ -77,16 +81,21 @@ class Trainer:
 
     def restore(self, content: dict[str, Any]) -> None:
         """Go on from a loaded checkpoint, random generators included; before the first step."""
-        self.model.load_state_dict(content["model"])
-        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
-            load_optimizer(optimizer, state)
-        for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
-        self.loader.load_state_dict(content["loader"])
+        try:
+            self.model.load_state_dict(content["model"])
+            for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+                load_optimizer(optimizer, state)
+            for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
+                scheduler.load_state_dict(state)
+            if self.average is not None:
+                self.average.load_state_dict(content["average"])
+            self.loader.load_state_dict(content["loader"])
+            restore_rng(content)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
+            raise UserError(f"the checkpoint in {self.directory} does not fit the run's settings ({reason})") from error
         self.step, self.best, self._saved_step = content["step"], content["best"], content["step"]
-        restore_rng(content)
+        self.log_chain, self._interval_losses = content["log"]["chain"], list(content["log"]["losses"])
 
     def begin_with(self, weights: dict[str, torch.Tensor], states: list[dict[str, Any]]) -> None:
         """Begin with weights and optimizer states of another run; learning rates and schedule are this one's."""
@@ -108,14 +117,16 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._begin_interval()
         try:
-            with RunLog(self.directory, self.step) as self._log:
-                while (outcome := self._outcome(interrupt)) is None:
-                    self._train_step(next(batches))
-                    self._report(progress)
-                    if self.valid is not None and self._evaluates_now():
-                        self._evaluate(progress, self.valid)
+            with RunLog(self.directory, self.log_chain) as self._log:
+                while True:
+                    if self.valid is not None and self._owes_evaluation():
+                        self._evaluate(progress, self.valid, interrupt)
+                    if (outcome := self._outcome(interrupt)) is not None:
+                        break
                     if time.monotonic() - self._saved_at > SAVE_SECONDS:
                         self._save("last.pt")
+                    self._train_step(next(batches))
+                    self._report(progress)
                 if self._last_step != self.step:
                     self._save_last()
         finally:
@@ -125,17 +136,20 @@ class Trainer:
 
     def _outcome(self, interrupt: Interrupt) -> str | None:
         """Why training ends before the next step; None if it does not."""
+        if interrupt.requested and self._owes_evaluation():
+            return "interrupted"
         if self.step >= self.total_steps:
             return "finished"
         if self.config["patience"] and self.best and self.best["evaluations_since"] >= self.config["patience"]:
             return "patience"
         return "interrupted" if interrupt.requested else None
 
-    def _evaluates_now(self) -> bool:
-        """Every so many steps and after the last one, but not shortly before that."""
+    def _owes_evaluation(self) -> bool:
+        """Every so many steps and after the last one, but not shortly before that, unless it is done."""
+        if self.valid is None or not self._eval_every or self.step in (0, self.best and self.best["latest"]):
+            return False
         left = self.total_steps - self.step
-        return bool(self._eval_every) and (left == 0 or (self.step % self._eval_every == 0
-                                                         and 2 * left >= self._eval_every))
+        return left == 0 or (self.step % self._eval_every == 0 and 2 * left >= self._eval_every)
 
     def _endless_batches(self) -> Generator[Batch, None, None]:
         while True:
@@ -174,15 +188,19 @@ class Trainer:
         loss = sum(self._interval_losses) / len(self._interval_losses)
         progress.update(self.step, loss, rows / seconds, (self.loader.wait_seconds - self._interval_waited) / seconds)
         if logs:
-            self._log.write({"step": self.step, "epoch": self.step / self.config["steps_in_epoch"], "loss": loss,
+            self._write_log({"step": self.step, "epoch": self.step / self.config["steps_in_epoch"], "loss": loss,
                              "rows_per_s": rows / seconds, "lr": self._lr})
+            self._interval_losses = []
             self._begin_interval()
+
+    def _write_log(self, entry: dict[str, Any]) -> None:
+        self._log.write(entry)
+        self.log_chain = self._log.chain
 
     def _begin_interval(self) -> None:
         """The means and rates of the next log line count from here."""
         self._interval_started, self._interval_waited = time.perf_counter(), self.loader.wait_seconds
         self._interval_step = self.step
-        self._interval_losses: list[float] = []
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within: the model has the weights that it is evaluated with."""
@@ -195,18 +213,24 @@ class Trainer:
         yield
         self._interval_started += time.perf_counter() - started
 
-    def _evaluate(self, progress: TrainingProgress, valid: Split | Part) -> None:
-        """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best."""
+    def _evaluate(self, progress: TrainingProgress, valid: Split | Part, interrupt: Interrupt) -> None:
+        """Metrics on the validation rows to metrics.jsonl; best.pt if the logloss is a new best.
+
+        An interrupt ends it at once, without a trace: the run that goes on begins with it.
+        """
         self._check_finite()
-        with self._not_counted(), self.averaged():
-            metrics = evaluate(self.model, valid, batch_size=self.config["batch_size"], device=self.device,
-                               precision=self.config["precision"])
-        self._log.write({"event": "eval", "step": self.step, **metrics})
+        try:
+            with self._not_counted(), self.averaged():
+                metrics = evaluate(self.model, valid, batch_size=self.config["batch_size"], device=self.device,
+                                   precision=self.config["precision"], stop=lambda: bool(interrupt.requested))
+        except Interrupted:
+            return
+        self._write_log({"event": "eval", "step": self.step, **metrics})
         better = self.best is None or metrics["logloss"] < self.best["logloss"]
         if better or self.best is None:
-            self.best = {"step": self.step, "logloss": metrics["logloss"], "evaluations_since": 0}
+            self.best = {"step": self.step, "logloss": metrics["logloss"], "evaluations_since": 0, "latest": self.step}
         else:
-            self.best = {**self.best, "evaluations_since": self.best["evaluations_since"] + 1}
+            self.best = {**self.best, "evaluations_since": self.best["evaluations_since"] + 1, "latest": self.step}
         auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
         progress.message(f"step {self.step:,}: validation logloss {metrics['logloss']:.4f}, AUC {auc}"
                          + (" (best so far)" if better else ""))
@@ -227,6 +251,7 @@ class Trainer:
             save_checkpoint(self.directory / name, model=self.model, optimizers=self.optimizers,
                             schedulers=self.schedulers, loader_state=self.loader.state_dict(), step=self.step,
                             config=self.config, artifacts=self.artifacts, best=self.best,
+                            log={"chain": self.log_chain, "losses": self._interval_losses},
                             average=self.average.state_dict() if self.average else {})
         self._saved_step, self._saved_at = self.step, time.monotonic()
         if name == "last.pt":

@@ -15,6 +15,7 @@ from .errors import UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MANY_THREADS = 256  # or four for each CPU, where that is more
 OPERATIONS = {"dcnv2": ("sparse_update",)}  # of a model; all three where it is not listed
 ALL_OPERATIONS = ("field_attention", "ffn", "sparse_update")
 
@@ -36,8 +37,12 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def set_up_torch(*, threads: int | None, precision: str, deterministic: bool) -> None:
-    """Set torch's process-wide switches."""
+    """Set torch's process-wide switches. UserError for more threads than a machine can be asked for."""
     if threads is not None:
+        most = max(MANY_THREADS, 4 * (os.cpu_count() or 1))
+        if threads > most:  # the system runs out of threads somewhere above, without a word
+            raise UserError(f"--threads {threads}: this machine has {os.cpu_count()} CPUs; at most {most} threads are "
+                            "supported here")
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if deterministic:

@@ -1,6 +1,8 @@
 """One training run from its settings to its result: a directory with config, metrics, checkpoints and gold.json."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,16 @@ from typing import Any
 import click
 
 from .continued import Continued
+from .data.artifacts import FILE as ARTIFACTS
 from .data.artifacts import Artifacts
 from .errors import UserError
 from .execute import execute
-from .files import read_json
 from .finish import result_table
 from .inputs import Wanted, advice, check_two_classes, obtain
+from .locks import lock, sweep_all
 from .machine import choose_device, resolve_kernels
-from .recipes import DEFAULT, HYPERPARAMETERS, Facts, check_hyperparameters, fit_batch, resolve_recipe
+from .recipes import DEFAULT, Facts, check_hyperparameters, fit_batch, resolve_recipe
+from .records import CONFIG, RESULT, read_config
 
 # Settings that an interrupted run takes anew when it goes on; all others must stay as they were.
 MACHINE = ("device", "threads", "kernels", "cuda_graph")
@@ -60,14 +64,39 @@ def run(request: Request) -> int:
         continued = Continued.load(request.run_from)
         _check_continued(request, continued)
     directory = _directory(request, continued)
-    exists = (directory / "config.json").exists()
-    if request.resume and not exists:
-        raise UserError(f"{directory} holds no run to resume (no config.json)")
-    if exists and not (request.resume or request.skip_if_done):
-        raise UserError(f"{directory} already holds a run; go on with it (--resume) or choose another --out")
-    if exists:
-        return _go_on(directory, request, continued)
-    return _begin(directory, request, continued)
+    if request.resume and not (directory / CONFIG).exists():
+        raise UserError(f"{directory} holds no run to resume (no {CONFIG})")
+    if (request.resume or request.skip_if_done) and (directory / RESULT).exists():
+        return _go_on(directory, request, continued)  # only shows what is there
+    with _occupied(directory):
+        if (directory / CONFIG).exists():
+            if not (request.resume or request.skip_if_done):
+                raise UserError(f"{directory} already holds a run; go on with it (--resume) or choose another --out")
+            return _go_on(directory, request, continued)
+        return _begin(directory, request, continued)
+
+
+@contextmanager
+def _occupied(directory: Path) -> Iterator[None]:
+    """Within: the directory is there, and this process alone works in it. It goes again if nothing was put there."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; a run needs a directory of its own: choose another --out")
+    if (directory / ARTIFACTS).exists() and not (directory / CONFIG).exists():
+        raise UserError(f"{directory} holds prepared data; a run needs a directory of its own: choose another --out")
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror or error}") from error
+    try:
+        with lock(directory / ".lock", str(directory)):
+            sweep_all(directory)
+            yield
+    finally:
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
 
 
 def _begin(directory: Path, request: Request, continued: Continued | None) -> int:
@@ -92,11 +121,7 @@ def _begin(directory: Path, request: Request, continued: Continued | None) -> in
 
 def _go_on(directory: Path, request: Request, continued: Continued | None) -> int:
     """The run that is there: its result, or on from its newest checkpoint."""
-    stored = read_json(directory / "config.json")
-    for name in (*HYPERPARAMETERS, "model", "recipe", "seed", "deterministic", "data", "train_rows", "history"):
-        if name not in stored:
-            raise UserError(f"{directory / 'config.json'} has no {name!r}: it is damaged or of another version; choose "
-                            "another --out for a new run")
+    stored = read_config(directory)
     asked = {"model": request.model, "recipe": request.recipe, "seed": request.seed,
              "deterministic": request.deterministic, **request.hyperparameters}
     if request.skip_if_done:
@@ -106,7 +131,7 @@ def _go_on(directory: Path, request: Request, continued: Continued | None) -> in
         if value is not None and value != stored[name]:
             raise UserError(f"the run in {directory} has {name} {stored[name]}, not {value}; "
                             "choose another --out for a new run")
-    if (directory / "gold.json").exists():
+    if (directory / RESULT).exists():
         click.echo(result_table(directory))
         return 0
     data = Path(stored["data"])
@@ -114,6 +139,8 @@ def _go_on(directory: Path, request: Request, continued: Continued | None) -> in
         if continued is None and stored["from"] is not None:
             continued = Continued.load(Path(stored["from"]))
         data = obtain(_wanted(request, stored["recipe"], continued), directory)
+    elif not data.exists():
+        raise UserError(f"{data}, on which the run was trained, is gone; say with --data where its rows are now")
     machine = {name: value for name, value in request.machine.items() if value is not None}
     return execute(directory, {**stored, **machine}, data, resumed=True, continued=continued)
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from parity import nan_memory
 
-from ctr_kernels import field_attention, set_output_cache
+from ctr_kernels import EmbeddingTable, TransformerLayer, ffn, field_attention, low_rank_cross, set_output_cache
 from ctr_kernels.library import NATIVE_ABSENT
 
 pytestmark = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=str(NATIVE_ABSENT))
@@ -53,6 +54,31 @@ def test_a_bound_of_zero_leaves_every_output_to_pytorch() -> None:
         attention()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert BATCH * 27 * 64 * 4 in sizes
+
+
+X = torch.ones(1024, 27, 64)  # 7 MB
+LAYER, TABLE = TransformerLayer(64, 4, 256, kernels="native"), EmbeddingTable(100, 64, kernels="native")
+CALLS = {
+    "field_attention": attention,
+    "ffn": lambda: ffn(X, LAYER.ffn_in.weight, LAYER.ffn_in.bias, LAYER.ffn_out.weight, LAYER.ffn_out.bias,
+                       kernels="native"),
+    "layer": lambda: LAYER(X),
+    "low_rank_cross": lambda: low_rank_cross(*X.flatten(1)[None].expand(2, -1, -1), torch.ones(8, 1728),
+                                             torch.ones(1728, 8), torch.ones(1728), kernels="native"),
+    "lookup": lambda: TABLE(torch.ones(1024, 27, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_parity_tests_see_large_outputs_that_are_not_written(name: str) -> None:
+    """The memory that an operation writes to comes filled with NaN, not from the cache with the right answer in it."""
+    before = CALLS[name]().data_ptr()
+    with nan_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                              profile_memory=True) as profile:
+        assert torch.empty(X.shape).isnan().all()
+        out = CALLS[name]()
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sizes.count(X.nbytes) >= 2 and out.data_ptr() != before
 
 
 def test_what_is_beyond_the_bound_is_given_back() -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import assert_parity, nan_memory
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
@@ -73,12 +73,9 @@ def run(function, ids: torch.Tensor, tensors: list[torch.Tensor | None], history
     if history is not None:
         history = History(*(t.detach().to(dtype or t.dtype) for t in history))
         given += [t.requires_grad_() for t in history[:2]]
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
+    with nan_memory():
         out = function(tensors[0], ids, *tensors[1:], history=history)
         table, *grads = torch.autograd.grad(out, given, grad_out.to(out.dtype))
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert table.is_sparse and torch.equal(table._indices()[0], ids.flatten().long())
     return [out.detach(), table._values(), *grads]
 

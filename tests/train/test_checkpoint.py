@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctr_train.checkpoint import build_model, load_checkpoint, restore_rng, save_checkpoint
+from ctr_train.checkpoint import VERSION, build_model, load_checkpoint, restore_rng, save_checkpoint
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.errors import UserError
 from ctr_train.optim import make_optimizers
@@ -37,7 +37,8 @@ def save(prepared):
         save_checkpoint(path, model=model, optimizers=optimizers,
                         schedulers=make_schedulers(optimizers, "cosine", 2, 10),
                         loader_state={"epoch": 1, "batch": 2, "seed": 3, "rows": 4, "batch_size": 5}, step=7,
-                        config=config, artifacts=Artifacts.load(prepared), best={"step": 5, "logloss": 0.5}, average={})
+                        config=config, artifacts=Artifacts.load(prepared), best={"step": 5, "logloss": 0.5}, average={},
+                        log={"chain": 1, "losses": []})
         return model, optimizers
 
     return write
@@ -122,14 +123,14 @@ class Trap:
 def test_a_version_of_the_future_is_refused(save, tmp_path):
     path = tmp_path / "last.pt"
     save(path)
-    torch.save({**load_checkpoint(path), "version": 6}, path)
-    with pytest.raises(UserError, match="has checkpoint version 6; this program reads version 5"):
+    torch.save({**load_checkpoint(path), "version": VERSION + 1}, path)
+    with pytest.raises(UserError, match=f"has checkpoint version {VERSION + 1}; this program reads version {VERSION}"):
         load_checkpoint(path)
 
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from ctr_train.checkpoint import build_model, save_checkpoint
+from ctr_train.checkpoint import VERSION, build_model, save_checkpoint
 from ctr_train.data.artifacts import Artifacts
 from ctr_train.errors import UserError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit then fails like a full disk
@@ -137,7 +138,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 config, artifacts = {config!r}, Artifacts.load(sys.argv[2])
 try:
     save_checkpoint(sys.argv[1], model=build_model(config, artifacts, "eager"), optimizers=[], schedulers=[],
-                    loader_state={{}}, step=9, config=config, artifacts=artifacts, best=None, average={{}})
+                    loader_state={{}}, step=9, config=config, artifacts=artifacts, best=None, average={{}}, log={{}})
 except UserError as error:
     print(error)
 """

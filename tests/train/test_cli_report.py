@@ -10,6 +10,9 @@ from matplotlib.image import imread
 from ctr_train import cli_report, cli_train, plots
 from ctr_train.metrics import evaluate_logits, reliability
 from ctr_train.plots import MIN_ROWS, RunCurves, smooth, wilson_interval
+from ctr_train.recipes import resolve_recipe
+from ctr_train.records import read_result, write_config, write_result
+from ctr_train.runlog import RunLog
 
 OURS, OTHER = "ab" * 32, "cd" * 32  # checksums of gold files
 
@@ -33,22 +36,28 @@ def write_run(directory, *, logloss=0.5, model="ft", sha256=OURS, best_possible=
               evaluations=True, log=True):
     """A run directory as ctr-train leaves it, with a given gold logloss."""
     directory.mkdir(parents=True)
-    config = {"model": model, "variant": "study", "recipe": "default", "batch_size": 100,
+    config = {**resolve_recipe("small", model, {"batch_size": 100}), "model": model, "recipe": "default", "seed": 0,
+              "deterministic": False, "from": None, "data": "rows", "train_rows": 1000, "history": True,
               "kernels_resolved": kernels or {"ffn": "eager", "sparse_update": "eager"}}
-    (directory / "config.json").write_text(json.dumps(config))
+    write_config(directory, config)
     entries = [{"step": step, "epoch": 0.1, "loss": 0.6 - step / 1000, "rows_per_s": 2000.0, "lr": 1e-3}
                for step in range(10, 101, 10)]
     if evaluations:
         entries += [{"event": "eval", "step": step, "logloss": 0.55} for step in (50, 100)]
+    chain = 0
     if log:
-        (directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        with RunLog(directory, 0) as metrics:
+            for entry in entries:
+                metrics.write(entry)
+            chain = metrics.chain
     if finished:
         rng = np.random.default_rng(0)
         logits = rng.normal(-1, 1, 1000).astype(np.float32)
         labels = (rng.random(1000) < 1 / (1 + np.exp(-logits))).astype(np.uint8)
         gold = {**evaluate_logits(logits, labels), "logloss": logloss, "sha256": sha256, "rows_trained": 10_000,
-                "rows_per_s": 2345.6, "best_possible": best_possible, "reliability": reliability(logits, labels)}
-        (directory / "gold.json").write_text(json.dumps(gold))
+                "rows_per_s": 2345.6, "best_possible": best_possible, "reliability": reliability(logits, labels),
+                "checkpoint": "best.pt", "steps": 100, "training_loss": 0.5, "validation": None, "log": chain}
+        write_result(directory, gold)
     return directory
 
 
@@ -110,8 +119,8 @@ def test_names_tell_runs_apart_and_a_run_given_twice_counts_once(report, tmp_pat
 
 
 def test_undefined_metrics_are_a_dash(report, tmp_path):
-    gold = json.loads((write_run(tmp_path / "a") / "gold.json").read_text())
-    (tmp_path / "a" / "gold.json").write_text(json.dumps({**gold, "auc": None, "rows_per_s": None}))
+    gold = read_result(write_run(tmp_path / "a"))
+    write_result(tmp_path / "a", {**gold, "auc": None, "rows_per_s": None})
     row = table(report(tmp_path / "a")[1])[0]
     assert (row["AUC"], row["rows/s"]) == ("-", "-")
 
@@ -149,12 +158,15 @@ def test_mistakes_are_one_sentence_and_write_nothing(report, tmp_path):
     damaged = write_run(tmp_path / "damaged")
     (damaged / "gold.json").write_text('{"logloss": 0.5')
     says("gold.json", run=damaged)
-    (damaged / "gold.json").write_text('{"logloss": 0.5}')
-    says("gold.json", "'auc'", run=damaged)
+    write_result(damaged, {"logloss": 0.5})
+    says("gold.json", "has no 'rows'", run=damaged)
+    write_result(damaged, read_result(good))
+    (damaged / "gold.json").write_text((damaged / "gold.json").read_text().replace("2345.6", "2345.7"))
+    says("gold.json", "its checksum is that of another content", run=damaged)
     (damaged / "gold.json").unlink()
     (damaged / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
     says("metrics.jsonl", run=damaged)
-    says("good/config.json/curves.png", run=good, out=good / "config.json")
+    says("good/config.json: it is a file; the report needs a directory", run=good, out=good / "config.json")
     assert report()[0] == 2  # click's own usage error
 
 

@@ -27,6 +27,7 @@ from ctr_train.data.prepare import prepare
 from ctr_train.data.synth import write_synthetic
 from ctr_train.evaluate import gold_report
 from ctr_train.recipes import DEFAULT, HYPERPARAMETERS, Facts, preparation_of, resolve_recipe
+from ctr_train.records import read_config, write_config
 from ctr_train.runlog import read_log, rows_per_second
 
 QUICK = ("--model", "dcnv2", "--epochs", "1", "--batch-size", "64", "--lr", "0.001", "--device", "cpu",
@@ -264,15 +265,15 @@ def test_resuming_refuses_other_data_and_other_checkpoints(prepared, tmp_path, c
     artifacts.hash_bins -= 1
     artifacts.outputs["train"]["sha256"] = "0" * 64
     artifacts.save(other)
-    assert_fails(ctr_train("--resume", "--out", "run", "--data", other), "the training rows are others")
+    assert_fails(ctr_train("--resume", "--out", "run", "--data", other), "train.arrow has the SHA-256")
     artifacts.counts["gold"] += 1
     artifacts.save(other)
     assert_fails(ctr_train("--resume", "--out", "run", "--data", other), "its artifacts.json says")
 
-    config = read(tmp_path / "run" / "config.json")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "model": "ft"}))
+    config = read_config(tmp_path / "run")
+    write_config(tmp_path / "run", {**config, "model": "ft"})
     assert_fails(ctr_train("--resume", "--out", "run"), "is a checkpoint of the model 'dcnv2', not of 'ft'")
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    write_config(tmp_path / "run", config)
     whole = (tmp_path / "run" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").write_bytes(whole[:1000])
     assert_fails(ctr_train("--resume", "--out", "run"), "last.pt is no checkpoint or a damaged one")

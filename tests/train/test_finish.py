@@ -12,7 +12,10 @@ from ctr_train.checkpoint import build_model, kept_path, load_checkpoint, load_s
 from ctr_train.data.dataset import open_split
 from ctr_train.evaluate import evaluate, labels_of, predict
 from ctr_train.finish import finish, result_table
+from ctr_train.records import write_config
 
+MORE = {"recipe": "small", "seed": 0, "deterministic": False, "from": None, "data": "rows", "train_rows": 1,
+        "history": False, "kernels_resolved": {}}  # what a run's settings hold beside the trainer's
 OPTIONS = {"batch_size": 64, "device": "cpu", "precision": "fp32"}
 
 
@@ -23,7 +26,7 @@ def finished(make_trainer, prepared, tmp_path):
     def run(name: str, **settings):
         trainer, stop = make_trainer(name, model="ft", shortcut="mlp", batch_size=64, **settings)
         outcome = trainer.train(stop)
-        (tmp_path / name / "config.json").write_text(json.dumps({**trainer.config, "recipe": "small"}))
+        write_config(tmp_path / name, {**trainer.config, **MORE})
         finish(tmp_path / name, trainer, open_split(prepared, "train"), prepared)
         return tmp_path / name, trainer, outcome
 

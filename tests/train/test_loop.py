@@ -11,6 +11,7 @@ from ctr_train import loop
 from ctr_train.checkpoint import load_checkpoint, newest_checkpoint, scored_weights
 from ctr_train.errors import UserError
 from ctr_train.evaluate import evaluate
+from ctr_train.interrupt import Interrupt
 from ctr_train.loop import Trainer
 from ctr_train.runlog import read_log
 
@@ -112,9 +113,9 @@ def test_the_best_checkpoint_is_that_of_the_lowest_logloss(make_trainer, tmp_pat
     trainer, stop = make_trainer("run", model="dcnv2", steps=40, eval_every=10)
     assert trainer.train(stop) == "finished"
     best = load_checkpoint(tmp_path / "run" / "best.pt")
-    assert best["step"] == 20 and best["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 0}
+    assert best["step"] == 20 and best["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 0, "latest": 20}
     last = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert last["step"] == 40 and last["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 2}
+    assert last["step"] == 40 and last["best"] == {"step": 20, "logloss": 0.4, "evaluations_since": 2, "latest": 40}
 
 
 def test_the_best_checkpoint_is_a_state_to_go_on_from(make_trainer, tmp_path):
@@ -222,6 +223,34 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(make_trainer, tmp_path, monke
         trainer.train(stop)
     assert load_checkpoint(tmp_path / "run" / "best.pt")["step"] == 10
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "metrics.jsonl"]
+
+
+class DuringEvaluation(Interrupt):
+    """Ctrl-C pressed while the second batch of the rows that watch the run is scored, `at` that step."""
+
+    def __init__(self, trainer, at: int) -> None:
+        self.trainer, self.at, self.asked = trainer, at, 0
+
+    @property
+    def requested(self) -> bool:
+        self.asked += self.trainer.step == self.at
+        return self.asked > 2
+
+
+@pytest.mark.parametrize("at", [20, STEPS])
+def test_an_interrupt_is_heard_during_an_evaluation_which_the_run_that_goes_on_makes_up_for(make_trainer, tmp_path, at):
+    whole, stop = make_trainer("whole", model="dcnv2", eval_every=20)
+    assert whole.train(stop) == "finished"
+    trainer, _ = make_trainer("halves", model="dcnv2", eval_every=20)
+    assert trainer.train(DuringEvaluation(trainer, at)) == "interrupted"
+    assert trainer.step == at
+    assert [e["step"] for e in read_log(tmp_path / "halves") if "event" in e] == list(range(20, at, 20))
+    trainer, stop = make_trainer("halves", model="dcnv2", eval_every=20)
+    trainer.restore(load_checkpoint(tmp_path / "halves" / "last.pt"))
+    assert trainer.train(stop) == "finished" and trainer.best == whole.best
+    logs = [[(e["step"], e.get("event"), e.get("logloss"), e.get("loss")) for e in read_log(tmp_path / name)]
+            for name in ("whole", "halves")]
+    assert logs[0] == logs[1]
 
 
 def test_resuming_cuts_off_what_the_log_has_beyond_the_checkpoint(make_trainer, tmp_path):

@@ -11,6 +11,7 @@ from ctr_train.data.artifacts import Artifacts
 from ctr_train.data.prepare import prepare
 from ctr_train.data.synth import write_synthetic
 from ctr_train.recipes import DEFAULT, preparation_of
+from ctr_train.records import write_config
 
 QUICK = ("--model", "dcnv2", "--epochs", "1", "--batch-size", "64", "--threads", "1")
 
@@ -73,7 +74,10 @@ def test_a_run_of_another_version_is_named(ctr_train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"model": "ft", "lr": 0.1}')
     for arguments in (("--resume",), ("--model", "ft", "--skip-if-done")):
-        assert_fails(ctr_train(*arguments, "--out", "run"), "run/config.json has no 'epochs': it is damaged")
+        assert_fails(ctr_train(*arguments, "--out", "run"), "it does not name the format 'ctr-kernels run 1'")
+    write_config(tmp_path / "run", {"model": "ft", "lr": 0.1})
+    for arguments in (("--resume",), ("--model", "ft", "--skip-if-done")):
+        assert_fails(ctr_train(*arguments, "--out", "run"), "run/config.json has no 'epochs': it is of another version")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Raw rows where prepared ones are needed, and the other way round: one sentence, nothing written."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from raw_lines import raw_lines
 
-from ctr_train import cli_eval, cli_train
+from ctr_train import cli_eval, cli_report, cli_train
 from ctr_train.data import cli as cli_data
-from ctr_train.data.artifacts import Artifacts
+from ctr_train.data.artifacts import KIND, Artifacts
 from ctr_train.data.prepare import prepare
+from ctr_train.files import write_record
 
 
 @pytest.fixture
@@ -34,10 +35,11 @@ def places(tmp_path_factory) -> Path:
     """rows.tsv, prepared as `rows` and by another protocol as `foreign`, and a model trained on them, `run`."""
     directory = tmp_path_factory.mktemp("places")
     (directory / "rows.tsv").write_text("".join(line + "\n" for line in raw_lines(400)))
+    (directory / "unlabelled.tsv").write_text("".join(line + "\n" for line in raw_lines(50, labelled=False)))
     for name in ("rows", "foreign"):
         prepare([directory / "rows.tsv"], directory / name, hash_bins=100)
     content = {**Artifacts.load(directory / "foreign").to_dict(), "protocol": "their own", "version": 7}
-    (directory / "foreign" / "artifacts.json").write_text(json.dumps(content))
+    write_record(directory / "foreign" / "artifacts.json", KIND, content)
     arguments = ("--model", "dcnv2", "--recipe", "small", "--data", directory / "rows", "--out", directory / "run")
     done = subprocess.run([sys.executable, "-m", "ctr_train.cli_train", *arguments], capture_output=True, text=True,
                           timeout=120)
@@ -65,13 +67,67 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--data", "foreign", "--out", "new"), "one prepared directory"),
     (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--prepared", "rows.tsv", "--out", "new"),
      "rows.tsv is a file, not a directory"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows.tsv"), "rows.tsv is a file; a run needs"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows"), "rows holds prepared data; a run needs a"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "rows.tsv/run"), "cannot make rows.tsv/run: Not a"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--threads", "100000"),
+     "--threads 100000: this machine has"),
+    (cli_eval, ("run", "--data", "rows", "--threads", "20000"), "--threads 20000: this machine has"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "rows.tsv"), "rows.tsv is rows.tsv, which is read"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "./run/../rows.tsv"), "rows.tsv, which is read"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "linked.tsv"), "linked.tsv is rows.tsv, whi"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "run/best.pt"), "best.pt exists and holds something"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "run/config.json"), "config.json exists and holds someth"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "rows/train.arrow"), "train.arrow exists and"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "run"), "cannot write run: Is a directory"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "/dev/null"), "write /dev/null: it is no regular"),
+    (cli_report, ("run", "--out", "rows.tsv"), "--out rows.tsv: it is a file; the report needs a directory"),
+    (cli_data, ("synth", "--rows", "5", "--out", "/dev/null"), "cannot write /dev/null: it is no regular file"),
+    (cli_data, ("prepare", "--input", "unlabelled.tsv", "--out", "new"), "rows without labels cannot be trained on"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_wrong_place_is_one_sentence_and_leaves_nothing(command, places, tmp_path, module, arguments, sentence):
     for path in places.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    before = sorted(path.name for path in tmp_path.iterdir())
+    os.link(places / "rows.tsv", tmp_path / "linked.tsv")
+    before, content = sorted(path.name for path in tmp_path.iterdir()), bytes_below(places)
     done = command(module, *arguments)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"{module.NAME}: ") and done.stderr.count("\n") == 1, done.stderr
     assert sentence in done.stderr, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and bytes_below(places) == content
+
+
+def bytes_below(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(("module", "arguments"), [
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "")), (cli_train, ("--model", "dcnv2", "--data", "")),
+    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--prepared", "")), (cli_train, ("--from", "")),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "")), (cli_eval, ("", "--data", "rows")),
+    (cli_report, ("run", "--out", "")), (cli_data, ("prepare", "--input", "", "--out", "new")),
+    (cli_data, ("prepare", "--input", "rows.tsv", "--out", "")), (cli_data, ("synth", "--rows", "5", "--out", "")),
+])
+def test_an_empty_name_is_no_path(command, tmp_path, module, arguments):
+    done = command(module, *arguments)
+    assert done.returncode == 2 and "'' is no path" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_replace_earlier_ones(command, places, tmp_path):
+    for _ in range(2):
+        done = command(cli_eval, places / "run", "--input", places / "rows.tsv", "--predictions", "p.parquet")
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["p.parquet"]
+
+
+def test_rows_that_are_given_twice_are_told(command, places, tmp_path):
+    done = command(cli_data, "prepare", "--input", places / "rows.tsv", "--input", places / "run/../rows.tsv",
+                   "--out", "x")
+    assert done.returncode == 0 and "rows.tsv is given more than once, and so are its rows" in done.stderr
+    assert "800 lines" in done.stdout
+
+
+def test_few_synthetic_rows_have_no_auc(command):
+    done = command(cli_data, "synth", "--rows", "1", "--out", "s.tsv")
+    assert done.returncode == 0 and "AUC undefined" in done.stdout, done.stdout

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json, write_json
+from ..files import read_record, write_record
 from .protocol import (
     GOLD_ROWS,
     HASH_BINS,
@@ -21,6 +21,7 @@ from .values import FILE as VALUES_FILE
 from .values import STATISTICS
 
 FILE = "artifacts.json"
+KIND = "artifacts 1"  # of the record, and its version
 # What a model depends on.
 MODEL_FIELDS = ("protocol", "version", "hash_bins", "missing_indicator", "transform", "min_count", "history")
 
@@ -42,7 +43,8 @@ class Artifacts:
             rows and are in valid.arrow too; neither is ever in train.arrow.
         sources: {"file", "bytes", "sha256", "rows"} of each input, in order; rows are its lines.
         outputs: split -> {"file", "rows", "bytes", "sha256"}.
-        skipped_lines: bad lines left out; they count as lines for the split.
+        skipped_lines, first_skipped: bad lines left out, which count as lines for the split; and what was wrong with
+            the first one.
         best_possible: split -> {"logloss", "auc"} of the true probabilities, for synthetic data; else None.
         fields: name -> {"missing": share of rows}, and for categorical fields {"distinct_ids", "distinct_values",
             "collisions"}; the last two are estimates.
@@ -71,6 +73,7 @@ class Artifacts:
     sources: list[dict[str, Any]] = field(default_factory=list)
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped_lines: int = 0
+    first_skipped: str = ""
     best_possible: dict[str, dict[str, float]] | None = None
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)
     numeric_edges: list[list[float]] = field(default_factory=list)
@@ -134,7 +137,7 @@ class Artifacts:
 
     def save(self, directory: Path | str) -> None:
         """Write artifacts.json into the directory, atomically."""
-        write_json(Path(directory) / FILE, self.to_dict())
+        write_record(Path(directory) / FILE, KIND, self.to_dict())
 
     @classmethod
     def load(cls, directory: Path | str) -> "Artifacts":
@@ -146,7 +149,11 @@ class Artifacts:
             raise UserError(f"{path} does not exist: {directory} holds no prepared data; make some with "
                             "`ctr-data prepare`")
         try:
-            found = cls.from_dict(read_json(path))
+            content = read_record(path, KIND)
+        except UserError as error:
+            raise UserError(f"{error}; prepare the rows again") from None
+        try:
+            found = cls.from_dict(content)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if (found.protocol, found.version) != (PROTOCOL, PROTOCOL_VERSION):

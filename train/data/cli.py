@@ -1,12 +1,13 @@
 """`ctr-data`: make synthetic Criteo rows, prepare raw rows for training, inspect what was prepared."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..command import run_command
+from ..command import PATH, PathType, run_command
 from ..errors import UserError
 from ..recipes import DEFAULT, NAMES, preparation_of
 from .base import Base
@@ -26,7 +27,7 @@ def command() -> None:
 @click.option("--rows", type=int, required=True, help="Lines to write, of each day with --days.")
 @click.option("--days", type=int, help="As many files, FILE-1.gz and so on, with drift from day to day.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="FILE or FILE.gz.")
+@click.option("--out", type=PathType(dir_okay=False), required=True, help="FILE or FILE.gz.")
 def synth_command(rows: int, days: int | None, seed: int, out: Path) -> None:
     """Write synthetic rows in the raw Criteo format; OUT.truth.npy keeps their true probabilities.
 
@@ -42,15 +43,16 @@ def synth_command(rows: int, days: int | None, seed: int, out: Path) -> None:
         else:
             truths = write_days(out, rows=rows, days=days, seed=seed, progress=advance)
     for truth in truths:
+        auc = "undefined" if math.isnan(truth.auc) else f"{truth.auc:.4f}"
         click.echo(f"{truth.file}: {rows:,} rows, label rate {truth.label_rate:.4f}; best possible logloss "
-                   f"{truth.logloss:.4f}, AUC {truth.auc:.4f}")
+                   f"{truth.logloss:.4f}, AUC {auc}")
 
 
 @command.command("prepare")
-@click.option("--input", "inputs", type=click.Path(path_type=Path), multiple=True, required=True,
+@click.option("--input", "inputs", type=PATH, multiple=True, required=True,
               help="Raw file, plain or gzip; more than one are taken in order.")
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to make.")
+@click.argument("more", nargs=-1, type=PATH)
+@click.option("--out", type=PATH, required=True, help="Directory to make.")
 @click.option("--hash-bins", type=int, default=HASH_BINS, show_default=True, help="Ids of a field.")
 @click.option("--valid-ratio", type=float, default=VALID_RATIO, show_default=True, help="Share of validation lines.")
 @click.option("--gold-rows", type=int, default=GOLD_ROWS, show_default=True, help="First validation lines: gold.")
@@ -66,7 +68,7 @@ def synth_command(rows: int, days: int | None, seed: int, out: Path) -> None:
               "ids are hashes.")
 @click.option("--missing-indicator/--no-missing-indicator", default=None, help="13 more dense columns or not: 1 where "
               "the number is missing.")
-@click.option("--from", "run", type=click.Path(path_type=Path), help="Prepare later rows for going on with that run of "
+@click.option("--from", "run", type=PATH, help="Prepare later rows for going on with that run of "
               "ctr-train: its settings, ids and counts of values.")
 @click.option("--on-bad-line", type=click.Choice(["error", "skip"]), default="error", show_default=True)
 def prepare_command(inputs: tuple[Path, ...], more: tuple[Path, ...], out: Path, hash_bins: int, valid_ratio: float,
@@ -85,7 +87,7 @@ def prepare_command(inputs: tuple[Path, ...], more: tuple[Path, ...], out: Path,
 
 
 @command.command("inspect")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The artifacts as JSON instead of tables.")
 def inspect_command(directory: Path, as_json: bool) -> None:
     """Rows, label rates, missing rates, ids and collisions of DIRECTORY; verifies its checksums."""

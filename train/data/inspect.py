@@ -61,7 +61,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for source in found["sources"]:
         yield f"source {source['file']}: {source['rows']:,} lines, {source['bytes']:,} bytes"
     if found["skipped_lines"]:
-        yield f"{found['skipped_lines']:,} bad lines skipped"
+        yield f"{found['skipped_lines']:,} bad lines skipped, the first: {found['first_skipped']}"
     yield ""
     yield f"{'split':<6}{'rows':>13}{'label rate':>12}{'bytes':>16}  {'best logloss':>12}{'best AUC':>10}  checksum"
     for name in SPLITS:

@@ -1,6 +1,7 @@
 """Shuffled batches of a split as torch tensors, gathered ahead of the training loop by a background thread."""
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 from ..errors import UserError
 from .dataset import Part, Split
 
-POSITION = ("epoch", "batch", "seed", "rows", "batch_size")
+SAME = ("seed", "rows", "batch_size")  # of a position that a loader goes on from
 
 
 class Batch(NamedTuple):
@@ -105,17 +106,20 @@ class Loader:
         return self._order[1]
 
     def state_dict(self) -> dict[str, int]:
-        """The position {"epoch", "batch", "seed", "rows", "batch_size"}: the batch that comes next."""
+        """The position: the batch that comes next, what the order of rows depends on, and numpy's word for it."""
         return {"epoch": self.epoch, "batch": self.batch, "seed": self.seed, "rows": self.split.rows,
-                "batch_size": self.batch_size}
+                "batch_size": self.batch_size, "shuffling": shuffling(self.seed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; UserError where this loader's seed, rows or batch size differ from its."""
         mine = self.state_dict()
-        for name in POSITION[2:]:
+        for name in SAME:
             if state[name] != mine[name]:
                 raise UserError(f"the saved position has {name} {state[name]:,}, this loader has {mine[name]:,}: "
                                 "the order of the rows would differ")
+        if self.shuffle and state["shuffling"] != mine["shuffling"]:
+            raise UserError(f"numpy {np.__version__} shuffles in another order than the numpy that the run began with: "
+                            "rows would come twice or never; go on with that version (config.json names it)")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
     def settle(self) -> None:
@@ -125,3 +129,8 @@ class Loader:
     def close(self) -> None:
         """End the background thread; the loader cannot be iterated afterwards."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def shuffling(seed: int) -> int:
+    """A checksum of numpy's permutations, which numpy does not promise to keep from version to version."""
+    return zlib.crc32(np.random.default_rng([seed, 0]).permutation(1000).astype("<i8").tobytes())

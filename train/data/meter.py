@@ -24,6 +24,8 @@ def prepare_with_meter(inputs: Sequence[Path], out: Path, *, to_stdout: bool = F
     asked = Artifacts(**told)
     if settings.get("base") is not None:
         asked = settings["base"].applied_to(asked)
+    for again in [file for i, file in enumerate(inputs) if any(_is_same(file, other) for other in inputs[:i])]:
+        click.echo(f"note: {again} is given more than once, and so are its rows", err=True)
     total = sum(os.path.getsize(file) for file in inputs if file.is_file()) * passes(asked)
     started = time.monotonic()
     with meter(total, "B", f"preparing {out}") as advance:
@@ -33,8 +35,13 @@ def prepare_with_meter(inputs: Sequence[Path], out: Path, *, to_stdout: bool = F
     click.echo(f"{out}: " + ", ".join(f"{name} {found.counts[name]:,}" for name in SPLITS) +
                f" rows; {lines:,} lines in {seconds:.1f} s, {lines / seconds:,.0f} rows/s", err=not to_stdout)
     if found.skipped_lines:
-        click.echo(f"{found.skipped_lines:,} bad lines skipped", err=not to_stdout)
+        click.echo(f"{found.skipped_lines:,} of {lines:,} lines are bad and skipped, the first: {found.first_skipped}",
+                   err=not to_stdout)
     return found
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    return file.exists() and other.exists() and file.samefile(other)
 
 
 @contextmanager

@@ -76,7 +76,8 @@ def why_bad(line: bytes, labelled: bool) -> str:
     columns = line.split(b"\t")
     expected = COLUMNS if labelled else COLUMNS - 1
     if len(columns) != expected:
-        return f"{len(columns)} columns instead of {expected}: {_shown(line)}"
+        unlabelled = "; rows without labels cannot be trained on" if labelled and len(columns) == expected - 1 else ""
+        return f"{len(columns)} columns instead of {expected}: {_shown(line)}{unlabelled}"
     if labelled and columns[0] not in (b"0", b"1"):
         return f"the label is {_shown(columns[0])}, not 0 or 1"
     first = int(labelled)

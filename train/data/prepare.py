@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
+from ..locks import claim, lock, release, remove, sweep, temporary_name
 from .artifacts import FILE, Artifacts
 from .base import Base
 from .counting import FieldCounts
@@ -146,34 +146,46 @@ def prepare(
     place = Path(out).resolve()  # "." and links have no name of their own to rename
     try:
         check_out(place)
-        work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        work.mkdir(parents=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    try:
-        rule = split_rule(files, settings, progress)
-        before = base.counts if base is not None else None
-        counts = count_values(files, settings, rule, on_bad_line, before, progress)
-        past: FoldCounts | ValueCounts | None = None
-        if settings.history and counts is not None:
-            if settings.folds:
-                past = count_folds(files, settings, rule, on_bad_line, counts, progress)
-            else:
-                past = ValueCounts(settings.hash_bins) if before is None else before.copy()
-        with files.read() as sources:
-            _write_splits(sources, settings, work, on_bad_line, rule, ValueFeatures(settings, counts, past), progress)
-        if base is not None:  # the model has these in its weights' place: a feature must go on meaning the same
-            settings.numeric_edges = base.artifacts.numeric_edges
-            settings.history_moments = base.artifacts.history_moments
-        if counts is not None:
-            settings.values = counts.save(work)
-        settings.save(work)
-        _put_in_place(work, place)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with lock(place.with_name(f".{place.name}.lock"), str(out)):
+        check_out(place)
+        work, claimed = temporary_name(place), None
+        try:
+            _recover(place)
+            sweep(place)
+            claimed = claim(work, directory=True)
+            _prepare(files, settings, work, base, on_bad_line, progress)
+            _put_in_place(work, place)
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        finally:
+            remove(work)
+            release(claimed)
     return settings
+
+
+def _prepare(files: Inputs, settings: Artifacts, work: Path, base: Base | None, on_bad_line: str,
+             progress: Progress | None) -> None:
+    """Fill the directory `work`, and `settings` with what was found."""
+    rule = split_rule(files, settings, progress)
+    before = base.counts if base is not None else None
+    counts = count_values(files, settings, rule, on_bad_line, before, progress)
+    past: FoldCounts | ValueCounts | None = None
+    if settings.history and counts is not None:
+        if settings.folds:
+            past = count_folds(files, settings, rule, on_bad_line, counts, progress)
+        else:
+            past = ValueCounts(settings.hash_bins) if before is None else before.copy()
+    with files.read() as sources:
+        _write_splits(sources, settings, work, on_bad_line, rule, ValueFeatures(settings, counts, past), progress)
+    if base is not None:  # the model has these in its weights' place: a feature must go on meaning the same
+        settings.numeric_edges = base.artifacts.numeric_edges
+        settings.history_moments = base.artifacts.history_moments
+    if counts is not None:
+        settings.values = counts.save(work)
+    settings.save(work)
 
 
 def _check_settings(settings: Artifacts) -> None:
@@ -208,15 +220,29 @@ def _put_in_place(work: Path, out: Path) -> None:
     if not out.exists():
         os.replace(work, out)
         return
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    old = _old(out)
     try:
         os.replace(out, old)
         os.replace(work, out)
     finally:
         if not out.exists():
             os.replace(old, out)
-        elif old.exists():
-            shutil.rmtree(old)
+        else:
+            remove(old)
+
+
+def _recover(out: Path) -> None:
+    """What a process that was killed within `_put_in_place` left: the earlier directory comes back, or goes."""
+    if (old := _old(out)).exists():
+        if out.exists():
+            remove(old)
+        else:
+            os.replace(old, out)
+
+
+def _old(out: Path) -> Path:
+    """Where an earlier directory waits until the new one is in its place; whoever writes `out` holds its lock."""
+    return out.with_name(f".{out.name}.old")
 
 
 def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str, rule: Rule,
@@ -233,6 +259,7 @@ def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, o
             rows, in_valid = block.rows, rule(block.line_index)
             train, valid = np.flatnonzero(~in_valid), np.flatnonzero(in_valid)
             settings.skipped_lines += block.skipped
+            settings.first_skipped = settings.first_skipped or block.first_skipped
             assert rows.label is not None  # labelled=True
             columns = (rows.label, dense_features(rows, settings.missing_indicator), rows.sparse)
             label, dense, sparse = (column.take(train, axis=0) for column in columns)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import UserError
 from .artifacts import Artifacts
+from .containers import BOM, HEAD_BYTES, container_of
 from .history import ValueFeatures
 from .parse import COLUMNS, BadLine, Block, Parser, good_lines, parse_block
 from .values import ValueCounts
@@ -84,8 +85,10 @@ class Source:
         self.bytes_read += len(data)
 
     def _lines(self, stream: Any) -> Iterator[bytes]:
-        rest = b""
+        rest, begun = b"", False
         while data := stream.read(BLOCK_BYTES):
+            if not begun:
+                data, begun = self._begin(stream, data), True
             cut = data.rfind(b"\n") + 1
             if cut:
                 yield self._whole(rest + data[:cut])
@@ -99,6 +102,15 @@ class Source:
             yield self._whole(rest + b"\n")
         if not self.lines:
             raise UserError(f"{self.path} is empty")
+
+    def _begin(self, stream: Any, data: bytes) -> bytes:
+        """The first bytes of the text, without a byte order mark; UserError where they are not of a text."""
+        while len(data) < HEAD_BYTES and (more := stream.read(BLOCK_BYTES)):
+            data += more
+        if (container := container_of(data)) is not None:
+            inside = " inside gzip" if isinstance(stream, gzip.GzipFile) else ""
+            raise UserError(f"{self.path} is {container}{inside}; plain text is needed, or text compressed with gzip")
+        return data.removeprefix(BOM)
 
     def _whole(self, text: bytes) -> bytes:
         if b"\r" in text:
@@ -124,11 +136,12 @@ class _Counted:
 
 @dataclass
 class ParsedBlock:
-    """A block's rows and where they come from; skipped counts its bad lines."""
+    """A block's rows and where they come from; skipped counts its bad lines, of which the first is said."""
 
     rows: Block
     line_index: np.ndarray
     skipped: int
+    first_skipped: str
 
 
 def read_blocks(
@@ -190,19 +203,20 @@ def _parser(sources: Sequence[Source]) -> Parser | None:
 
 def _parse(text: bytes, path: Path, line: int, line_index: int, labelled: bool, hash_bins: int, on_bad_line: str,
            seen: Callable[[Block], None] | None, parser: Parser | None) -> ParsedBlock:
-    skipped = 0
+    skipped, first = 0, ""
     try:
         rows = parse_block(text, labelled=labelled, hash_bins=hash_bins, parser=parser)
         kept = np.arange(len(rows.sparse))
     except BadLine as bad:
+        first = f"{path}, line {line + bad.line + 1:,}: {bad.reason}"
         if on_bad_line == "error":
-            raise UserError(f"{path}, line {line + bad.line + 1:,}: {bad.reason}") from None
+            raise UserError(first) from None
         good, kept = good_lines(text, labelled=labelled)
         rows = parse_block(good, labelled=labelled, hash_bins=hash_bins)
         skipped = text.count(b"\n") - len(kept)
     if seen is not None:
         seen(rows)
-    return ParsedBlock(rows, line_index + kept, skipped)
+    return ParsedBlock(rows, line_index + kept, skipped, first)
 
 
 def dense_features(rows: Block, missing_indicator: bool) -> np.ndarray:

@@ -131,11 +131,7 @@ class ValueCounts:
     def load(cls, directory: Path | str, entry: dict[str, Any], hash_bins: int) -> "ValueCounts":
         """Read values.arrow; UserError where it is missing, or is not the one that `entry` describes."""
         path = Path(directory) / FILE
-        if not path.exists():
-            raise UserError(f"{path} does not exist: features of rare values or history need it")
-        if (checksum := sha256(path)) != entry["sha256"]:
-            raise UserError(f"{path} has the SHA-256 {checksum}, {entry['sha256']} is expected: it was changed or "
-                            "belongs to other data")
+        check_file(path, entry)
         found = cls(hash_bins)
         with pa.OSFile(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
@@ -151,6 +147,15 @@ class ValueCounts:
     def places(self, sparse: np.ndarray) -> np.ndarray:
         """Where ids int32 [n, 26] are in `counts` and `clicks`, int64 [n, 26]."""
         return sparse + self._first
+
+
+def check_file(path: Path, entry: dict[str, Any]) -> None:
+    """UserError where values.arrow is missing, or is not the one that `entry` describes."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: features of rare values or history need it")
+    if (checksum := sha256(path)) != entry["sha256"]:
+        raise UserError(f"{path} has the SHA-256 {checksum}, {entry['sha256']} is expected: it was changed or belongs "
+                        "to other data")
 
 
 def history_features(counts: np.ndarray, clicks: np.ndarray, rows: np.ndarray, clicked: np.ndarray) -> np.ndarray:

@@ -88,11 +88,12 @@ def test_skipping_counts_and_reports_bad_lines(ctr_data, tmp_path, lines):
     (tmp_path / "bad.tsv").write_text("".join(line + "\n" for line in lines))
     done = ctr_data("prepare", "--input", "bad.tsv", "--out", "out", "--on-bad-line", "skip")
     assert done.returncode == 0, done.stderr
-    assert "2 bad lines skipped" in done.stdout
+    first = "the first: bad.tsv, line 1: 1 columns instead of 40"
+    assert f"2 of 1,000 lines are bad and skipped, {first}" in done.stdout
     found = Artifacts.load(tmp_path / "out")
     assert found.skipped_lines == 2
     assert found.counts["train"] + found.counts["valid"] == len(lines) - 2
-    assert "2 bad lines skipped" in ctr_data("inspect", "out").stdout
+    assert f"2 bad lines skipped, {first}" in ctr_data("inspect", "out").stdout
 
 
 def test_nothing_but_bad_lines_is_an_error_even_when_they_are_skipped(ctr_data, tmp_path):
@@ -239,9 +240,8 @@ def test_too_few_lines_for_a_validation_split(ctr_data, tmp_path, lines):
 
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "cannot be read as JSON"),
-    (b"{}", "lack"),
+    (b"{}", "it does not name the format 'ctr-kernels artifacts 1'; prepare the rows again"),
     (b"\xff\xfe", "cannot be read as JSON"),
-    (json.dumps(Artifacts().to_dict()).encode(), "has no entry counts.train"),
 ])
 def test_inspect_of_damaged_artifacts(ctr_data, tmp_path, content, words):
     (tmp_path / "data").mkdir()
