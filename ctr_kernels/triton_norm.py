@@ -15,7 +15,8 @@ def _row_statistics(x, column, eps, D: tl.constexpr):
     """Mean and 1 / sqrt(variance + eps) of fp32 rows [BM, DP] over their first D columns: [BM, 1] each."""
     mean = tl.sum(x, axis=1, keep_dims=True) / D
     centred = tl.where((column < D)[None, :], x - mean, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / D + eps)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / D
+    return mean, (1.0 + (variance - variance)) / tl.sqrt(variance + eps)  # NaN, not 0, where the variance overflows
 
 
 @triton.jit

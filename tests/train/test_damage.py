@@ -89,8 +89,8 @@ def test_flipped_rows_are_not_trained_on(copy, ctr_train, column):
     at = {"label": split._label_at[0], "dense": split._dense_at[0] * 4, "sparse": split._sparse_at[0] * 4 + 3}[column]
     del split
     flip(path, int(at) + 40)
-    for arguments in ((*QUICK, "--data", "rows", "--out", "new"), ("--resume", "--out", "run", "--data", "rows")):
-        assert_fails(ctr_train(*arguments), "train.arrow has the SHA-256")
+    for arguments in ((*QUICK, "--out", "new"), ("--resume", "--out", "run")):
+        assert_fails(ctr_train(*arguments, "--data", "rows"), "train.arrow has the SHA-256")
     assert not (copy / "new").exists()
 
 
@@ -169,9 +169,9 @@ def test_a_damaged_line_of_the_log_is_named(copy, ctr_train, call, line):
     path = copy / "run" / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], line, *lines[1:]]))
-    one_sentence(call(cli_report, "run"), "metrics.jsonl, line 2 is damaged, or does not belong there: ")
+    one_sentence(call(cli_report, "run"), "metrics.jsonl, line 2 is damaged, or does")
     done = ctr_train("--resume", "--out", "run", "--data", "rows")
-    assert done.returncode == 1 and "metrics.jsonl, line 2 is damaged, or does not belong there: " in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "metrics.jsonl, line 2 is damaged, or does" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("key", RESULT_KEYS)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
+from ..files import read_json
 from ..locks import claim, lock, release, remove, sweep, temporary_name
 from .artifacts import FILE, Artifacts
 from .base import Base
@@ -307,6 +308,9 @@ def _best_possible(sources: list[Source], settings: Artifacts,
         if truth.shape != (source.lines,):
             raise UserError(f"{file} holds {truth.shape} probabilities, {source.path} {source.lines:,} lines: "
                             "they do not belong together")
+        record = source.path.with_name(source.path.name + ".truth.json")
+        if record.exists() and not _is_of(read_json(record), source):
+            raise UserError(f"{record} is of another {source.path.name}: remove it and {file.name}, or make both again")
     line_index, label = (np.concatenate(parts) for parts in zip(*validation, strict=True))
     probability = np.concatenate(truths)[line_index].astype(np.float64)
     logits = np.log(probability) - np.log1p(-probability)
@@ -315,6 +319,11 @@ def _best_possible(sources: list[Source], settings: Artifacts,
         if 0 < label[:rows].sum() < rows:
             found[name] = {"logloss": logloss(logits[:rows], label[:rows]), "auc": auc(logits[:rows], label[:rows])}
     return found or None
+
+
+def _is_of(record: Any, source: Source) -> bool:
+    """Whether the record of true probabilities is that of the file; one that does not say may be."""
+    return isinstance(record, dict) and record.get("sha256") in (None, source.describe()["sha256"])
 
 
 def _load_truth(file: Path) -> np.ndarray:

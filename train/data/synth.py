@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import UserError
-from ..files import atomic_path, write_json
+from ..files import atomic_path, sha256, write_json
 from ..metrics import evaluate_logits
 from .protocol import DENSE_NAMES, SPARSE_NAMES
 from .synth_features import FREQUENT, LAST_DAY, draw_features, identities
@@ -52,8 +52,8 @@ def write_synthetic(
     """Write `rows` labelled lines to `out`, gzip-compressed if it ends in .gz; the same seed gives the same bytes.
 
     Beside it go OUT.truth.npy (probabilities) and OUT.truth.json ({"rows", "seed", "label_rate", "best_possible":
-    {"logloss", "auc"}}, auc null where undefined; "day" after "seed" where it is not 0). `out` itself appears last,
-    when everything else is there.
+    {"logloss", "auc"}, "sha256": of `out`}, auc null where undefined; "day" after "seed" where it is not 0). `out`
+    itself appears last, when everything else is there.
 
     Args:
         day: 0 and 1 are the beginning, with the same bytes. On later days effects and click rate have drifted
@@ -87,7 +87,7 @@ def write_synthetic(
             beside.append(probabilities_file)
             write_json(json_file, {
                 "rows": rows, "seed": seed, **({"day": day} if day else {}), "label_rate": metrics["label_rate"],
-                "best_possible": {"logloss": metrics["logloss"], "auc": metrics["auc"]},
+                "best_possible": {"logloss": metrics["logloss"], "auc": metrics["auc"]}, "sha256": sha256(temporary),
             })
             beside.append(json_file)
     except BaseException:

@@ -16,6 +16,7 @@ from ctr_train.data.inspect import inspect
 from ctr_train.data.prepare import prepare
 from ctr_train.data.protocol import DENSE_NAMES, SPARSE_NAMES, is_validation
 from ctr_train.data.raw import read_features
+from ctr_train.data.synth import write_synthetic
 from ctr_train.errors import UserError
 from ctr_train.interrupt import Killed
 
@@ -191,6 +192,20 @@ def test_best_possible_of_true_probabilities(tmp_path: Path) -> None:
     np.save(tmp_path / "a.tsv.truth.npy", probability[:-1])
     with pytest.raises(UserError, match="do not belong together"):
         prepare([path], tmp_path / "out")
+
+
+def test_true_probabilities_of_other_rows_are_not_taken(tmp_path: Path) -> None:
+    """Killed between the probabilities and the rows, which have as many lines as those before."""
+    for name, seed in (("a.tsv", 1), ("b.tsv", 2)):
+        write_synthetic(tmp_path / name, rows=300, seed=seed)
+    prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    for ending in (".truth.npy", ".truth.json"):
+        (tmp_path / f"b.tsv{ending}").rename(tmp_path / f"a.tsv{ending}")
+    with pytest.raises(UserError, match=r"a\.tsv\.truth\.json is of another a\.tsv: remove it and a\.tsv\.truth\.npy"):
+        prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    (tmp_path / "a.tsv.truth.json").write_text("[1]")
+    with pytest.raises(UserError, match="is of another"):
+        prepare([tmp_path / "a.tsv"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("column", range(40))

@@ -14,6 +14,7 @@ from ctr_train.data.protocol import DENSE_NAMES, SPARSE_NAMES
 from ctr_train.data.synth import format_lines, value_codes, write_synthetic
 from ctr_train.data.synth_features import CATEGORIES, MISSING_TOGETHER, NUMBERS
 from ctr_train.errors import UserError
+from ctr_train.files import sha256
 from ctr_train.metrics import auc, logloss
 
 NAMES = DENSE_NAMES + SPARSE_NAMES
@@ -93,7 +94,7 @@ def test_label_rate_and_truth(raw: Path, columns: list[tuple[str, ...]]) -> None
         inside = (probability >= low) & (probability <= high)
         assert labels[inside].mean() == pytest.approx(probability[inside].mean(), abs=0.03)
     truth = json.loads(Path(f"{raw}.truth.json").read_text())
-    assert list(truth) == ["rows", "seed", "label_rate", "best_possible"]
+    assert list(truth) == ["rows", "seed", "label_rate", "best_possible", "sha256"] and truth["sha256"] == sha256(raw)
     assert truth["rows"] == ROWS and truth["seed"] == 1 and truth["label_rate"] == pytest.approx(labels.mean())
     exact = probability.astype(np.float64)
     logits = np.log(exact) - np.log1p(-exact)
