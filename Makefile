@@ -1,4 +1,4 @@
-# make train | test | bench | bench-peers | asan | lint | gpu; each but gpu sets up .venv first if that is not done.
+# make train | test | campaign | bench | bench-peers | asan | lint | gpu; each but gpu sets up .venv first if that is not done.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
 BENCHES := attn ffn layer sparse_update step memory data
 
-.PHONY: setup train test bench bench-peers asan lint gpu clean
+.PHONY: setup train test campaign bench bench-peers asan lint gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -29,6 +29,10 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Random damage, kills, surgeries of modules and lives of optimizers, from seeds that are printed; some 10 minutes.
+campaign: setup
+	cd tests && ../$(BIN)/python -m campaign
 
 # A table a script, and its rows in out/bench/. Rivals that are no part of the set-up: make bench-peers first.
 bench: setup

@@ -24,6 +24,7 @@ class PathType(click.Path):
 
 
 PATH = PathType()
+NO_MEMORY = "can't allocate memory: "  # how PyTorch's allocator of CPUs begins
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -43,6 +44,12 @@ def run_command(command: click.Command, name: str) -> None:
         sys.exit(_say(name, "interrupted", exit_code(signal.SIGINT)))
     except Killed:
         sys.exit(_say(name, "killed", exit_code(signal.SIGTERM)))
+    except MemoryError as error:
+        sys.exit(_say(name, f"there is not enough memory: {error}", 1))
+    except RuntimeError as error:
+        if NO_MEMORY not in str(error):
+            raise
+        sys.exit(_say(name, f"there is not enough memory: {str(error).split(NO_MEMORY)[1]}", 1))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -41,6 +41,8 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     checkpoint = None
     if resumed and (checkpoint := newest_checkpoint(directory, settings["model"])) is None:
         click.echo(f"{directory} holds no checkpoint yet: beginning again", err=True)
+    if resumed and settings["versions"] != versions():
+        _tell_versions(settings["versions"])
     device = choose_device(settings["device"])
     set_up_torch(threads=settings["threads"], precision=settings["precision"],
                  deterministic=settings["deterministic"])
@@ -119,6 +121,13 @@ def _open_data(data: Path) -> tuple[Artifacts, Split]:
         check_file(data / VALUES_FILE, artifacts.values)
     open_verified(data, "gold", artifacts)
     return artifacts, open_verified(data, "train", artifacts)
+
+
+def _tell_versions(then: dict[str, Any]) -> None:
+    """A line for software that is not that of the run's beginning: from here on the last bits may differ."""
+    now = versions()
+    changed = [f"{name} {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
+    click.echo(f"the run began with {'; '.join(changed)}: it goes on, but not bit for bit as it would have", err=True)
 
 
 def _check_run(directory: Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def result_table(directory: Path) -> str:
         "logloss": against("logloss"),
         "AUC": against("auc"),
         "rows trained": f"{gold['rows_trained']:,} in {gold['steps']:,} steps",
-        "rows/s": f"{gold['rows_per_s']:,.0f}",
+        "rows/s": "unknown" if gold["rows_per_s"] is None else f"{gold['rows_per_s']:,.0f}",
         "run": str(directory),
     }
     return "\n".join(f"{name:<15}{value}" for name, value in lines.items())

@@ -51,6 +51,8 @@ def obtain(wanted: Wanted, directory: Path) -> Path:
     """
     given = [f"--{name.replace('_', '-')} {value}" for name, value in
              {"prepared": wanted.prepared, **wanted.options}.items() if value is not None]
+    if wanted.prepared is not None and wanted.prepared.resolve() == directory.resolve():
+        raise UserError(f"--prepared {wanted.prepared} is the directory of the run; rows need one of their own")
     if wanted.raw:
         return _prepared(wanted, wanted.prepared or directory / "data")
     if given:

@@ -11,7 +11,7 @@ from .recipes import HYPERPARAMETERS
 CONFIG, RESULT = "config.json", "gold.json"
 CONFIG_KIND, RESULT_KIND = "run 1", "result 1"  # of the record, and its version
 CONFIG_KEYS = (*HYPERPARAMETERS, "model", "recipe", "seed", "deterministic", "from", "data", "train_rows", "history",
-               "kernels_resolved")
+               "kernels_resolved", "versions")
 RESULT_KEYS = ("rows", "sha256", "logloss", "auc", "normalised_entropy", "calibration", "reliability", "best_possible",
                "checkpoint", "steps", "rows_trained", "rows_per_s", "training_loss", "validation", "log")
 

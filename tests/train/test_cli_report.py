@@ -37,7 +37,7 @@ def write_run(directory, *, logloss=0.5, model="ft", sha256=OURS, best_possible=
     """A run directory as ctr-train leaves it, with a given gold logloss."""
     directory.mkdir(parents=True)
     config = {**resolve_recipe("small", model, {"batch_size": 100}), "model": model, "recipe": "default", "seed": 0,
-              "deterministic": False, "from": None, "data": "rows", "train_rows": 1000, "history": True,
+              "deterministic": False, "from": None, "data": "rows", "train_rows": 1000, "history": True, "versions": {},
               "kernels_resolved": kernels or {"ffn": "eager", "sparse_update": "eager"}}
     write_config(directory, config)
     entries = [{"step": step, "epoch": 0.1, "loss": 0.6 - step / 1000, "rows_per_s": 2000.0, "lr": 1e-3}

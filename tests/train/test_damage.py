@@ -163,6 +163,15 @@ def test_a_run_is_not_resumed_with_a_numpy_that_shuffles_otherwise(copy, ctr_tra
                  f"numpy {np.__version__} shuffles in another order than the numpy that the run began with")
 
 
+def test_other_versions_than_those_of_the_beginning_are_told(copy, ctr_train):
+    config = read_config(copy / "run")
+    write_config(copy / "run", {**config, "versions": {**config["versions"], "torch": "1.0"}})
+    done = ctr_train("--resume", "--out", "run", "--data", "rows")
+    assert done.returncode == 0
+    assert f"the run began with torch 1.0, now {torch.__version__}: it goes on, but not bit for bit" in done.stderr
+    assert read_config(copy / "run")["versions"] == config["versions"]
+
+
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"step": "one"}', b'{"step": 1}', b"\xff", b'{"event": "eval"}', b"7",
                                   b"[" * 100_000])
 def test_a_damaged_line_of_the_log_is_named(copy, ctr_train, call, line):

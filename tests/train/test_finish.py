@@ -15,7 +15,7 @@ from ctr_train.finish import finish, result_table
 from ctr_train.records import write_config
 
 MORE = {"recipe": "small", "seed": 0, "deterministic": False, "from": None, "data": "rows", "train_rows": 1,
-        "history": False, "kernels_resolved": {}}  # what a run's settings hold beside the trainer's
+        "history": False, "kernels_resolved": {}, "versions": {}}  # what a run's settings hold beside the trainer's
 OPTIONS = {"batch_size": 64, "device": "cpu", "precision": "fp32"}
 
 

@@ -1,6 +1,7 @@
 """Raw rows where prepared ones are needed, and the other way round: one sentence, nothing written."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,9 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows.tsv"), "rows.tsv is a file; a run needs"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows"), "rows holds prepared data; a run needs a"),
     (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "rows.tsv/run"), "cannot make rows.tsv/run: Not a"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "new", "--prepared", "new"),
+     "--prepared new is the directory of the run; rows need one of their own"),
+    (cli_data, ("synth", "--rows", str(10**18), "--out", "huge.tsv"), "there is not enough memory: Unable to allocate"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--threads", "100000"),
      "--threads 100000: this machine has"),
     (cli_eval, ("run", "--data", "rows", "--threads", "20000"), "--threads 20000: this machine has"),
@@ -131,3 +135,17 @@ def test_rows_that_are_given_twice_are_told(command, places, tmp_path):
 def test_few_synthetic_rows_have_no_auc(command):
     done = command(cli_data, "synth", "--rows", "1", "--out", "s.tsv")
     assert done.returncode == 0 and "AUC undefined" in done.stdout, done.stdout
+
+
+def test_a_table_that_does_not_fit_into_memory_is_one_sentence(command, places):
+    assert command(cli_data, "prepare", "--input", places / "rows.tsv", "--out", "wide", "--recipe", "baseline-v1",
+                   "--hash-bins", 2**31 - 1).returncode == 0
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 37, before[1]))  # a machine may have as much, or promise it
+    try:
+        done = command(cli_train, "--model", "ft", "--data", "wide", "--out", "new", "--recipe", "baseline-v1",
+                       "--batch-size", "64", "--steps-per-epoch", "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "ctr-train: there is not enough memory: you tried to allocate 549755813632 bytes" in done.stderr
