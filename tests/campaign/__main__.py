@@ -69,8 +69,9 @@ def run(part: str, seeds: range, jobs: int) -> int:
                 else:
                     failures += 1
                     lines = text.splitlines() or [f"ended with code {code}"]
-                    print(f"{part}: seed {seed} FAILED: " + ("\n".join(lines) if len(seeds) == 1 else lines[-1]),
-                          flush=True)
+                    said = [line for line in lines if line.startswith("AssertionError")] or lines[-1:]
+                    said = lines if len(seeds) == 1 else said[:1]
+                    print(f"{part}: seed {seed} FAILED: " + "\n".join(said), flush=True)
     told = ", ".join(f"{count:,} {label}" for label, count in labels.most_common())
     print(f"{part}: {len(seeds):,} tries in {time.monotonic() - started:.0f} s, {failures} failed; {told}", flush=True)
     return failures
