@@ -16,8 +16,8 @@ from ctr_train.files import sha256
 
 from .commands import Command, call
 
-RUN = ("ctr-train", "--model", "dcnv2", "--recipe", "small", "--epochs", "2", "--batch-size", "32", "--eval-every",
-       "0.25", "--data", "raw.tsv", "--valid-ratio", "0.2", "--out", "run", "--skip-if-done")
+RUN = ("ctr-train", "--model", "dcnv2", "--recipe", "small", "--epochs", "8", "--batch-size", "32", "--eval-every",
+       "0.5", "--data", "raw.tsv", "--valid-ratio", "0.2", "--out", "run", "--skip-if-done")
 COMMANDS = {
     "prepare": ("ctr-data", "prepare", "--input", "raw.tsv", "--out", "rows"),
     "train": RUN,
