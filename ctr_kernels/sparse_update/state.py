@@ -1,0 +1,116 @@
+"""What the optimizers keep of a table between steps: names, shapes and dtypes, how it is made and what is refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..philox import as_seed
+from .rule import RowState
+
+MOMENTS = {"sgd": (), "rowwise-adagrad": ("sum",), "adagrad": ("sum",), "lazy-adam": ("exp_avg", "exp_avg_sq")}
+_SHARED = ("last_step", "step", "seed")  # of every rule: with decay_untouched or for bf16, "step" for lazy-adam too
+_FLOATS = (torch.float32, torch.bfloat16)
+_DTYPES = {"sum": (torch.float32,), "exp_avg": _FLOATS, "exp_avg_sq": _FLOATS, "last_step": (torch.int32,),
+           "step": (torch.int64,), "seed": (torch.int64,)}
+
+
+def _shape(name: str, rule: str, table: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a state entry of `table` [num_rows, dim]."""
+    if name == "step":
+        return ()
+    if name == "seed":
+        return (1,)
+    rowwise = name == "last_step" or (name == "sum" and rule == "rowwise-adagrad")
+    return tuple(table.shape[:1] if rowwise else table.shape)
+
+
+def check_state(state: Mapping[str, Any], rule: str, table: torch.Tensor, index: int) -> None:
+    """Look at what a rule would read of the state of `table`, the optimizer's table number `index`.
+
+    Raises ValueError for an entry of another shape and for one that is missing beside others, TypeError for one that
+    is no tensor or of a dtype that the rule does not keep.
+    """
+    where = f"of table {index} {tuple(table.shape)}"
+    for name in (*MOMENTS[rule], *_SHARED):
+        if name not in state:
+            continue
+        value, shape = state[name], _shape(name, rule, table)
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise TypeError(f"state {name!r} {where} is {value!r}; a dense tensor is needed")
+        if value.shape != shape:
+            raise ValueError(f"state {name!r} {where} has shape {tuple(value.shape)}; {shape} is needed")
+        if value.dtype not in _DTYPES[name]:
+            raise TypeError(f"state {name!r} {where} has dtype {value.dtype}; "
+                            f"{' or '.join(map(str, _DTYPES[name]))} is needed")
+    known = state.keys() & {*MOMENTS[rule], *_SHARED}
+    counted = rule == "lazy-adam" or known & {"last_step", "seed"}
+    for name in (*MOMENTS[rule], *(["step"] if counted else [])):
+        if known and name not in known:
+            raise ValueError(f"the state {where} has {', '.join(sorted(known))} and lacks {name!r}")
+    if len({state[name].dtype for name in MOMENTS[rule] if name in known}) > 1:
+        raise TypeError(f"the moments {where} have dtypes {state['exp_avg'].dtype} and {state['exp_avg_sq'].dtype}; "
+                        "one is needed")
+
+
+def check_place(state: Mapping[str, Any], table: torch.Tensor, index: int) -> None:
+    """ValueError for a state, already checked otherwise, that does not lie where its table does."""
+    for name, value in state.items():
+        if name in _DTYPES and value.device != table.device:
+            raise ValueError(f"state {name!r} of table {index} {tuple(table.shape)} is on {value.device} and the table "
+                             f"on {table.device}: load the optimizer's state_dict again after moving the table")
+
+
+def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+    """A copy of a table's part of a state_dict: dtypes as saved, contiguous and on the table's device.
+
+    Raises as `check_state`, and ValueError for an entry that the rule does not keep.
+    """
+    where = f"of table {index} {tuple(table.shape)}"
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"the state {where} is {saved!r}; a dict is needed")
+    for name in saved:
+        if name not in (*MOMENTS[rule], *_SHARED):
+            raise ValueError(f"the state {where} has the entry {name!r}, which {rule} does not keep; it keeps "
+                             f"{', '.join((*MOMENTS[rule], *_SHARED))}")
+    state = dict(saved)
+    if "step" in state:
+        state["step"] = _whole(state["step"], where)
+    check_state(state, rule, table, index)
+    return {name: value.detach().to(table.device, copy=True, memory_format=torch.contiguous_format)
+            for name, value in state.items()}
+
+
+def _whole(step: Any, where: str) -> torch.Tensor:
+    """The number of steps as int64 []; torch's own optimizers have it as a number or as a float tensor []."""
+    if isinstance(step, torch.Tensor) and step.numel() != 1:
+        return step  # of a wrong shape
+    number = float(step)
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(f"state 'step' {where} is {number}; a whole number from 0 on is needed")
+    return torch.tensor(int(step), dtype=torch.int64)
+
+
+def missing_state(state: Mapping[str, torch.Tensor], rule: str, table: torch.Tensor, index: int,
+                  group: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a step of `table` needs beside `state`: zeros, and the seed of a table or moments in bf16."""
+    dtype = group.get("state_dtype", torch.float32)
+    made = {name: torch.zeros(_shape(name, rule, table), dtype=dtype, device=table.device)
+            for name in MOMENTS[rule] if name not in state}
+    both = {**state, **made}
+    if group["decay_untouched"] and "last_step" not in state:
+        made["last_step"] = torch.zeros(table.shape[0], dtype=torch.int32, device=table.device)
+        if "step" in state:  # decay of untouched rows was switched on just now: the steps before do not count
+            made["last_step"] += state["step"]
+    if "seed" not in state and torch.bfloat16 in (table.dtype, *(both[name].dtype for name in MOMENTS[rule])):
+        seed = group["seed"]
+        made["seed"] = as_seed(None if seed is None else (int(seed) + index + 1) % 2**63, table.device)
+    if "step" not in state and (rule == "lazy-adam" or {*state, *made} & {"last_step", "seed"}):
+        made["step"] = torch.zeros((), dtype=torch.int64, device=table.device)
+    return made
+
+
+def row_state(state: Mapping[str, torch.Tensor]) -> RowState:
+    """The state as the backends take it."""
+    return RowState(state.get("sum", state.get("exp_avg")), state.get("exp_avg_sq"), state.get("last_step"),
+                    state.get("step"), state.get("seed"))
