@@ -137,7 +137,10 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
         return
     on_device = isinstance(rule.lr, torch.Tensor) and rule.lr.device == weight.device
     lr = rule.lr if on_device else float(rule.lr)  # a tensor that is elsewhere is on the host: nothing waits
-    sorted_ids, order = sort_ids(ids, num_rows) if plan is None else (plan.sorted_ids, plan.order)
+    if plan is None:  # ids that no lookup has seen: one of 2^32 would else be 0 in int32
+        sorted_ids, order = sort_ids(ids.long().clamp(-1, num_rows), num_rows)
+    else:
+        sorted_ids, order = plan.sorted_ids, plan.order
     scalars = (lr, state.step, state.seed, float(rule.weight_decay), float(rule.eps))
     rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(rule)}
     copies: list[torch.Tensor | None] = []
