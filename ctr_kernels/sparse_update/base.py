@@ -18,7 +18,7 @@ Group = dict[str, Any]
 class _Update(NamedTuple):
     """A table and its gradient, both checked."""
 
-    index: int  # of the table among all of the optimizer
+    number: int  # of the table among all of the optimizer, from 0 on
     table: torch.Tensor  # [num_rows, dim]
     ids: torch.Tensor  # int64 [n]
     rows: torch.Tensor  # [n, dim]
@@ -88,11 +88,13 @@ class SparseRowOptimizer(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             groups = self._loaded_groups(loaded["param_groups"])
             keys = [key for group in groups for key in group["params"]]
+            if lost := [key for key in loaded["state"] if key not in keys]:
+                raise ValueError(f"the state_dict has a state of table {lost[0]!r}, and its param groups have the "
+                                 f"tables {keys}")
             for key, (index, table, _group) in zip(keys, self._tables(), strict=True):
                 if key in loaded["state"]:
                     states[table] = loaded_state(loaded["state"][key], self.rule, table, index)
-            others = {key: value for key, value in loaded["state"].items() if key not in keys}
-            return {**loaded, "state": others, "param_groups": groups}
+            return {**loaded, "state": {}, "param_groups": groups}
 
         def fill(_: torch.optim.Optimizer) -> None:
             self.state.update(states)
@@ -146,7 +148,7 @@ class SparseRowOptimizer(torch.optim.Optimizer):
             check_options(group)
         updates = [self._checked(index, table, group) for index, table, group in self._tables()
                    if table.grad is not None]
-        missing = [missing_state(self.state.get(update.table, {}), self.rule, update.table, update.index, update.group)
+        missing = [missing_state(self.state.get(update.table, {}), self.rule, update.table, update.number, update.group)
                    for update in updates]  # memory for all of them, before anything is written
         for update, made in zip(updates, missing, strict=True):
             self.state[update.table].update(made)
@@ -158,7 +160,7 @@ class SparseRowOptimizer(torch.optim.Optimizer):
         ids, rows = check_gradient(table)
         state = self.state.get(table, {})
         check_state(state, self.rule, table, index)
-        check_place(state, table, index)
+        check_place(state, self.rule, table, index)
         return _Update(index, table, ids, rows, group, choose_backend(group["kernels"], table, ids))
 
     def _apply(self, update: _Update) -> None:

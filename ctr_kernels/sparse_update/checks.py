@@ -10,7 +10,6 @@ from ..backend import CHOICES, resolve
 from .table import check_ids
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
-NUMBERS = (float, int, Real)  # the first two are Real as well, and looked up faster
 _FLOAT32 = torch.finfo(torch.float32)
 # Options of torch's optimizers that would change a step and that no rule here has.
 _FOREIGN = ("maximize", "momentum", "dampening", "nesterov", "amsgrad", "lr_decay", "initial_accumulator_value",
@@ -51,9 +50,13 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]!r}: the sparse-row optimizers have no such option")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (float, int, Real))  # the first two are Real as well, and found faster
+
+
 def _check_number(name: str, value: Any) -> None:
     """`value` must be at least 0 and finite in fp32, in which rows are computed."""
-    if not isinstance(value, NUMBERS):
+    if not _is_number(value):
         raise TypeError(f"{name}={value!r} must be a number")
     if not 0.0 <= value <= _FLOAT32.max:
         what = "negative" if value < 0.0 else "not finite in float32" if value > 0.0 else "no number"
@@ -61,13 +64,13 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_eps(eps: Any) -> None:
-    if isinstance(eps, NUMBERS) and not eps >= _FLOAT32.tiny:  # elements without a gradient would be 0 / 0
+    if _is_number(eps) and not eps >= _FLOAT32.tiny:  # elements without a gradient would be 0 / 0
         raise ValueError(f"eps={eps} must be positive" + (f", {_FLOAT32.tiny} at least" if eps > 0.0 else ""))
     _check_number("eps", eps)
 
 
 def _check_betas(betas: Any) -> None:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(isinstance(beta, NUMBERS) for beta in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_number, betas)):
         raise TypeError(f"betas={betas!r}: two numbers are needed")
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"betas={betas}: each must be in [0, 1)")

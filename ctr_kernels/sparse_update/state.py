@@ -53,12 +53,16 @@ def check_state(state: Mapping[str, Any], rule: str, table: torch.Tensor, index:
                         "one is needed")
 
 
-def check_place(state: Mapping[str, Any], table: torch.Tensor, index: int) -> None:
-    """ValueError for a state, already checked otherwise, that does not lie where its table does."""
-    for name, value in state.items():
-        if name in _DTYPES and value.device != table.device:
+def check_place(state: Mapping[str, Any], rule: str, table: torch.Tensor, index: int) -> None:
+    """ValueError for a state, already checked otherwise, that does not lie as the kernels need it."""
+    for name in state.keys() & {*MOMENTS[rule], *_SHARED}:
+        value = state[name]
+        if value.device != table.device:
             raise ValueError(f"state {name!r} of table {index} {tuple(table.shape)} is on {value.device} and the table "
                              f"on {table.device}: load the optimizer's state_dict again after moving the table")
+        if not value.is_contiguous():
+            raise ValueError(f"state {name!r} of table {index} {tuple(table.shape)} has strides {value.stride()}; a "
+                             "contiguous tensor is needed")
 
 
 def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
@@ -81,10 +85,10 @@ def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict
             for name, value in state.items()}
 
 
-def _whole(step: Any, where: str) -> torch.Tensor:
+def _whole(step: Any, where: str) -> Any:
     """The number of steps as int64 []; torch's own optimizers have it as a number or as a float tensor []."""
-    if isinstance(step, torch.Tensor) and step.numel() != 1:
-        return step  # of a wrong shape
+    if not isinstance(step, int) and not (isinstance(step, torch.Tensor) and step.numel() == 1):
+        return step  # for `check_state` to refuse
     number = float(step)
     if not (number >= 0 and number.is_integer()):
         raise ValueError(f"state 'step' {where} is {number}; a whole number from 0 on is needed")

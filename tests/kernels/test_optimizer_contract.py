@@ -195,6 +195,8 @@ REFUSED_LOADS = {
     "integers": ("adagrad", change_state(0, sum=torch.ones(12, 4, dtype=torch.int64)), "has dtype torch.int64"),
     "half a step": ("lazy-adam", change_state(0, step=torch.tensor(1.5)), "state 'step' of table 0 .* is 1.5; a whole"),
     "no dict": ("sgd", lambda content: content["state"].update({0: 5}), r"the state of table 0 \(12, 4\) is 5; a dict"),
+    "a name": ("adagrad", lambda content: content["state"].update({"0": content["state"].pop(0)}),
+               r"a state of table '0', and its param groups have the tables \[0, 1\]"),
     "a group too few": ("sgd", lambda content: content["param_groups"].pop(), "has 1 param groups, the optimizer 2"),
     "a table too many": ("sgd", change_group(1, params=[1, 2]), "param group 1 has 2 tables in the state_dict and 1"),
     "lr": ("sgd", change_group(1, lr=-0.5), r"lr=-0\.5 is negative"),
