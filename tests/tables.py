@@ -13,8 +13,7 @@ from ctr_kernels.library import NATIVE_ABSENT
 OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
               "lazy-adam": SparseLazyAdam}
 needs_native = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=f"native: {NATIVE_ABSENT}")
-CPU_BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
-BACKENDS = ["triton"] if INTERPRETED else CPU_BACKENDS
+BACKENDS = ["triton"] if INTERPRETED else ["eager", pytest.param("native", marks=needs_native)]
 every_rule = pytest.mark.parametrize("name", OPTIMIZERS)
 every_backend = pytest.mark.parametrize("kernels", BACKENDS)
 

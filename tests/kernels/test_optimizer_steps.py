@@ -1,4 +1,4 @@
-"""Steps of the row optimizers: closures, hooks, schedulers, gradients of any form, changes between steps, versions.
+"""Steps of the row optimizers: closures, hooks, schedulers, gradients of any form, versions.
 
 For Triton the file runs once more in a process of its own, in the interpreter.
 """
@@ -8,14 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from tables import (
-    CPU_BACKENDS,
     OPTIMIZERS,
     assert_same,
     every_backend,
     every_rule,
     give_rows,
     make,
-    needs_native,
     new_table,
     short_chunks,  # noqa: F401
     snapshot,
@@ -23,7 +21,7 @@ from tables import (
     tables_of,
 )
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
-from triton_interpreter import INTERPRETED, outside, run_in_the_interpreter
+from triton_interpreter import outside, run_in_the_interpreter
 
 from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
 
@@ -31,7 +29,7 @@ from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
 @outside
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_in_the_interpreter(__file__, at_least=19, skipped=18)
+    run_in_the_interpreter(__file__, at_least=19)
 
 
 @every_backend
@@ -52,19 +50,6 @@ def test_a_closure_runs_with_gradients_and_returns_its_loss(kernels: str) -> Non
     torch.testing.assert_close(table.weight.detach(), twin)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)
-
-
-@outside
-@every_rule
-def test_hooks_of_steps_and_the_profiler_see_them(name: str) -> None:
-    optimizer, calls = make(name, "eager"), []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        steps(optimizer, [0])
-    assert calls == ["pre", "post"]
-    names = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
-    assert names == [f"Optimizer.step#{OPTIMIZERS[name].__name__}.step"]
 
 
 @every_backend
@@ -122,26 +107,6 @@ def test_gradients_come_in_any_form(name: str, kernels: str) -> None:
         torch.testing.assert_close(other, tables[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the same code for every backend")
-@pytest.mark.parametrize("kernels", [*CPU_BACKENDS, "auto"])
-@every_rule
-def test_a_model_may_change_its_dtype_between_steps(name: str, kernels: str) -> None:
-    for dtype in (torch.bfloat16, torch.float64):
-        if dtype == torch.float64 and kernels == "native":
-            continue
-        model = torch.nn.ParameterList([new_table()])
-        optimizer = OPTIMIZERS[name](model.parameters(), lr=0.1, kernels=kernels, seed=1)
-        steps(optimizer, range(2))
-        model.to(dtype)
-        before, sums = model[0].detach().clone(), {k: v.clone() for k, v in optimizer.state[model[0]].items()}
-        steps(optimizer, [2])
-        assert model[0].dtype == dtype and not torch.equal(model[0], before)
-        for key in sums.keys() - {"step"}:
-            assert optimizer.state[model[0]][key].dtype == sums[key].dtype
-        model.to(torch.float32)
-        steps(optimizer, [3])
-
-
 @every_backend
 @every_rule
 def test_decay_of_untouched_rows_begins_and_ends_when_it_is_set(name: str, kernels: str) -> None:
@@ -186,16 +151,3 @@ def test_a_backward_pass_notices_that_its_table_was_updated(name: str, kernels: 
             scores.sum().backward()
         for key, version in versions.items():
             assert optimizer.state[table][key]._version > version, key
-
-
-@pytest.mark.skipif(INTERPRETED, reason="of the native operator")
-@needs_native
-def test_the_operator_tells_autograd_what_it_writes_whoever_calls_it() -> None:
-    weight, first, second = (torch.zeros(4, 2) for _ in range(3))
-    last, ids, rows = torch.zeros(4, dtype=torch.int32), torch.tensor([1]), torch.ones(1, 2)
-    torch.ops.ctr.sparse_update(weight, first, second, last, ids, rows, 3, 0.1, 0.1, 1e-8, 0.9, 0.999, 1, 0)
-    assert [t._version for t in (weight, first, second, last, ids, rows)] == [1, 1, 1, 1, 0, 0]
-    torch.ops.ctr.sparse_update(weight, None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
-    assert weight._version == 2 and first._version == 1
-    with torch.inference_mode():
-        torch.ops.ctr.sparse_update(weight.clone(), None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
