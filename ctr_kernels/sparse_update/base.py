@@ -10,7 +10,7 @@ from .native import update_native
 from .plan import take_plan
 from .reference import update_reference
 from .rule import Rule
-from .state import check_place, check_state, loaded_state, missing_state, row_state
+from .state import check_state, loaded_state, missing_state, row_state
 
 Group = dict[str, Any]
 
@@ -160,7 +160,6 @@ class SparseRowOptimizer(torch.optim.Optimizer):
         ids, rows = check_gradient(table)
         state = self.state.get(table, {})
         check_state(state, self.rule, table, index)
-        check_place(state, self.rule, table, index)
         return _Update(index, table, ids, rows, group, choose_backend(group["kernels"], table, ids))
 
     def _apply(self, update: _Update) -> None:

@@ -9,7 +9,8 @@ from ..philox import as_seed
 from .rule import RowState
 
 MOMENTS = {"sgd": (), "rowwise-adagrad": ("sum",), "adagrad": ("sum",), "lazy-adam": ("exp_avg", "exp_avg_sq")}
-_SHARED = ("last_step", "step", "seed")  # of every rule: with decay_untouched or for bf16, "step" for lazy-adam too
+# "last_step" with decay_untouched, "seed" for bf16; "step" with either, and for lazy-adam.
+KEPT = {rule: (*moments, "last_step", "step", "seed") for rule, moments in MOMENTS.items()}
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = {"sum": (torch.float32,), "exp_avg": _FLOATS, "exp_avg_sq": _FLOATS, "last_step": (torch.int32,),
            "step": (torch.int64,), "seed": (torch.int64,)}
@@ -25,44 +26,41 @@ def _shape(name: str, rule: str, table: torch.Tensor) -> tuple[int, ...]:
     return tuple(table.shape[:1] if rowwise else table.shape)
 
 
-def check_state(state: Mapping[str, Any], rule: str, table: torch.Tensor, index: int) -> None:
+def check_state(state: Mapping[str, Any], rule: str, table: torch.Tensor, index: int, in_use: bool = True) -> None:
     """Look at what a rule would read of the state of `table`, the optimizer's table number `index`.
 
-    Raises ValueError for an entry of another shape and for one that is missing beside others, TypeError for one that
-    is no tensor or of a dtype that the rule does not keep.
+    Args:
+        in_use: the state must lie where its table does, and without gaps.
+
+    Raises ValueError for an entry of another shape, for one that is missing beside others and for a wrong place;
+    TypeError for one that is no tensor or of a dtype that the rule does not keep.
     """
-    where = f"of table {index} {tuple(table.shape)}"
-    for name in (*MOMENTS[rule], *_SHARED):
-        if name not in state:
-            continue
+    names = [name for name in KEPT[rule] if name in state]
+    error: type[Exception] = ValueError
+    for name in names:
         value, shape = state[name], _shape(name, rule, table)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise TypeError(f"state {name!r} {where} is {value!r}; a dense tensor is needed")
-        if value.shape != shape:
-            raise ValueError(f"state {name!r} {where} has shape {tuple(value.shape)}; {shape} is needed")
-        if value.dtype not in _DTYPES[name]:
-            raise TypeError(f"state {name!r} {where} has dtype {value.dtype}; "
-                            f"{' or '.join(map(str, _DTYPES[name]))} is needed")
-    known = state.keys() & {*MOMENTS[rule], *_SHARED}
-    counted = rule == "lazy-adam" or known & {"last_step", "seed"}
-    for name in (*MOMENTS[rule], *(["step"] if counted else [])):
-        if known and name not in known:
-            raise ValueError(f"the state {where} has {', '.join(sorted(known))} and lacks {name!r}")
-    if len({state[name].dtype for name in MOMENTS[rule] if name in known}) > 1:
-        raise TypeError(f"the moments {where} have dtypes {state['exp_avg'].dtype} and {state['exp_avg_sq'].dtype}; "
-                        "one is needed")
-
-
-def check_place(state: Mapping[str, Any], rule: str, table: torch.Tensor, index: int) -> None:
-    """ValueError for a state, already checked otherwise, that does not lie as the kernels need it."""
-    for name in state.keys() & {*MOMENTS[rule], *_SHARED}:
-        value = state[name]
-        if value.device != table.device:
-            raise ValueError(f"state {name!r} of table {index} {tuple(table.shape)} is on {value.device} and the table "
-                             f"on {table.device}: load the optimizer's state_dict again after moving the table")
-        if not value.is_contiguous():
-            raise ValueError(f"state {name!r} of table {index} {tuple(table.shape)} has strides {value.stride()}; a "
-                             "contiguous tensor is needed")
+            wrong, error = f"is {value!r}; a dense tensor is needed", TypeError
+        elif value.shape != shape:
+            wrong = f"has shape {tuple(value.shape)}; {shape} is needed"
+        elif value.dtype not in _DTYPES[name]:
+            wrong, error = f"has dtype {value.dtype}; {' or '.join(map(str, _DTYPES[name]))} is needed", TypeError
+        elif in_use and value.device != table.device:
+            wrong = (f"is on {value.device} and the table on {table.device}: load the optimizer's state_dict again "
+                     "after moving the table")
+        elif in_use and not value.is_contiguous():
+            wrong = f"has strides {value.stride()}; a contiguous tensor is needed"
+        else:
+            continue
+        raise error(f"state {name!r} of table {index} {tuple(table.shape)} {wrong}")
+    counted = rule == "lazy-adam" or "last_step" in names or "seed" in names
+    for name in (*MOMENTS[rule], "step") if counted else MOMENTS[rule]:
+        if names and name not in names:
+            raise ValueError(f"the state of table {index} {tuple(table.shape)} has {', '.join(names)} and lacks "
+                             f"{name!r}")
+    if "exp_avg" in names and state["exp_avg"].dtype != state["exp_avg_sq"].dtype:
+        raise TypeError(f"the moments of table {index} {tuple(table.shape)} have dtypes {state['exp_avg'].dtype} and "
+                        f"{state['exp_avg_sq'].dtype}; one is needed")
 
 
 def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
@@ -74,13 +72,13 @@ def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict
     if not isinstance(saved, Mapping):
         raise TypeError(f"the state {where} is {saved!r}; a dict is needed")
     for name in saved:
-        if name not in (*MOMENTS[rule], *_SHARED):
+        if name not in KEPT[rule]:
             raise ValueError(f"the state {where} has the entry {name!r}, which {rule} does not keep; it keeps "
-                             f"{', '.join((*MOMENTS[rule], *_SHARED))}")
+                             f"{', '.join(KEPT[rule])}")
     state = dict(saved)
     if "step" in state:
         state["step"] = _whole(state["step"], where)
-    check_state(state, rule, table, index)
+    check_state(state, rule, table, index, in_use=False)
     return {name: value.detach().to(table.device, copy=True, memory_format=torch.contiguous_format)
             for name, value in state.items()}
 

@@ -21,9 +21,9 @@ from tables import (
     tables_of,
 )
 from torch.optim.lr_scheduler import LambdaLR
-from triton_interpreter import outside, run_in_the_interpreter
+from triton_interpreter import INTERPRETED, outside, run_in_the_interpreter
 
-from ctr_kernels import SparseSGD
+from ctr_kernels import BackendUnavailable, SparseSGD
 from ctr_kernels.sparse_update.checks import check_options
 from ctr_kernels.sparse_update.reference import update_reference
 from ctr_kernels.sparse_update.rule import RowState, Rule
@@ -32,7 +32,7 @@ from ctr_kernels.sparse_update.rule import RowState, Rule
 @outside
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_in_the_interpreter(__file__, at_least=60)
+    run_in_the_interpreter(__file__, at_least=60, skipped=2)
 
 
 def lift(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -182,6 +182,18 @@ def test_a_layout_that_a_backend_does_not_take(kernels: str) -> None:
     return None
 
 
+@pytest.mark.skipif(INTERPRETED, reason="Triton runs here")
+@every_backend
+def test_a_backend_that_cannot_run_is_found_before_the_first_table_is_written(kernels: str) -> None:
+    optimizer = make("lazy-adam", kernels)
+    optimizer.param_groups[1]["kernels"] = "triton"
+    before = snapshot(optimizer)
+    with pytest.raises(BackendUnavailable, match="kernels='triton'"):
+        steps(optimizer, [0])
+    assert_same(snapshot(optimizer), before)
+    assert not optimizer.state
+
+
 @every_backend
 def test_a_state_that_was_damaged_between_steps(kernels: str) -> None:
     optimizer = make("lazy-adam", kernels)
@@ -189,6 +201,7 @@ def test_a_state_that_was_damaged_between_steps(kernels: str) -> None:
     state = optimizer.state[tables_of(optimizer)[1]]
     for wrong, message in ((torch.zeros(8, 6), r"'exp_avg' of table 1 \(8, 5\) has shape \(8, 6\)"),
                            (torch.zeros(8, 5, dtype=torch.int32), "'exp_avg' of table 1 .* has dtype torch.int32"),
+                           (torch.zeros(5, 8).t(), r"'exp_avg' of table 1 .* has strides \(1, 8\); a contiguous"),
                            (torch.zeros(8, 5, device="meta"), "'exp_avg' of table 1 .* is on meta and the")):
         right, state["exp_avg"] = state["exp_avg"], wrong
         with pytest.raises((ValueError, TypeError), match=message):
