@@ -85,7 +85,7 @@ def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict
 
 def _whole(step: Any, where: str) -> Any:
     """The number of steps as int64 []; torch's own optimizers have it as a number or as a float tensor []."""
-    if not isinstance(step, int) and not (isinstance(step, torch.Tensor) and step.numel() == 1):
+    if not isinstance(step, (int, float)) and not (isinstance(step, torch.Tensor) and step.numel() == 1):
         return step  # for `check_state` to refuse
     number = float(step)
     if not (number >= 0 and number.is_integer()):

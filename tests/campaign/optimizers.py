@@ -53,20 +53,17 @@ class Life:
     def both(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
         return self.subject, self.twin
 
-    # What happens to both.
-
     def step(self) -> None:
         gradients = [self.gradient(table) if self.random.random() < 0.8 else None for table in tables_of(self.twin)]
-        rng = self.random.getrandbits(60)
+        seed = self.random.getrandbits(60)
         before = [(table.detach().clone(), copy.deepcopy(dict(self.twin.state.get(table, {}))))
                   for table in tables_of(self.twin)]
         for optimizer in self.both():
             versions = [table._version for table in tables_of(optimizer)]
             for table, gradient in zip(tables_of(optimizer), gradients, strict=True):
                 give(table, gradient)
-            torch.manual_seed(rng)  # seeds of the rounding are drawn at a first step
-            loss = optimizer.step(lambda: 5)
-            assert loss == 5
+            torch.manual_seed(seed)  # from which the first step draws that of the rounding
+            assert optimizer.step(lambda: 5) == 5
             for table, version, gradient in zip(tables_of(optimizer), versions, gradients, strict=True):
                 assert (table._version > version) == (gradient is not None), "autograd was not told of the step"
         groups = [group for group in self.twin.param_groups for _ in group["params"]]
@@ -104,12 +101,11 @@ class Life:
 
     def change_backend(self) -> None:
         kernels = self.random.choice([*BACKENDS, "auto"])
-        if self.random.random() < 0.5:
-            for optimizer in self.both():
+        number = self.random.choice([None, *range(len(self.subject.param_groups))])
+        for optimizer in self.both():
+            if number is None:
                 optimizer.kernels = kernels
-        else:
-            number = self.random.randrange(len(self.subject.param_groups))
-            for optimizer in self.both():
+            else:
                 optimizer.param_groups[number]["kernels"] = kernels
 
     def change_dtype(self) -> None:
@@ -141,10 +137,9 @@ class Life:
         groups = [{"params": [table.detach().clone().requires_grad_() for table in group["params"]]}
                   for group in self.subject.param_groups]
         fresh = OPTIMIZERS[self.name](groups, **{**self.options, "lr": 0.7})
-        if self.random.random() < 0.5:
-            for table in tables_of(fresh):
-                give(table, self.gradient(table))
-            fresh.step()
+        for table in tables_of(fresh):
+            give(table, self.gradient(table))
+        fresh.step()
         for table, other in zip(tables_of(fresh), tables_of(self.subject), strict=True):
             table.data.copy_(other.data)
         content = through_file(self.subject.state_dict(), weights_only=True)

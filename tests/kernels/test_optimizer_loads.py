@@ -115,6 +115,8 @@ REFUSED_LOADS = {
     "no step": ("sgd", lambda content: content["state"][0].pop("step"), r"lacks 'step'"),
     "no tensor": ("adagrad", change_state(0, sum=[1.0]), r"'sum' of table 0 \(12, 4\) is \[1\.0\]; a dense tensor"),
     "integers": ("adagrad", change_state(0, sum=torch.ones(12, 4, dtype=torch.int64)), "has dtype torch.int64"),
+    "minus a step": ("lazy-adam", change_state(0, step=-1.0), r"state 'step' of table 0 \(12, 4\) is -1\.0; a whole"),
+    "no number": ("lazy-adam", change_state(0, step="3"), r"state 'step' of table 0 \(12, 4\) is '3'; a dense tensor"),
     "half a step": ("lazy-adam", change_state(0, step=torch.tensor(1.5)), "state 'step' of table 0 .* is 1.5; a whole"),
     "no dict": ("sgd", lambda content: content["state"].update({0: 5}), r"the state of table 0 \(12, 4\) is 5; a dict"),
     "a name": ("adagrad", lambda content: content["state"].update({"0": content["state"].pop(0)}),
