@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tables import (
+from row_tables import (
     OPTIMIZERS,
     assert_same,
     every_rule,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tables import (
+from row_tables import (
     assert_same,
     every_backend,
     every_rule,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tables import (
+from row_tables import (
     OPTIMIZERS,
     assert_same,
     every_backend,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from row_formulas import ExactTable
-from tables import BACKENDS, OPTIMIZERS, make, needs_native, new_table, steps
+from row_tables import BACKENDS, OPTIMIZERS, make, needs_native, new_table, steps
 
 from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_kernels.sparse_update.reference import rounding_bits
