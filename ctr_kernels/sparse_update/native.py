@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..library import LIBRARY
-from .rule import RULES, RowState, Rule
+from .rule import RULES, RowState, Rule, mark_written
 
 
 def lookup_native(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -41,5 +41,13 @@ def _fake_update(*_: Any) -> None:
     return None
 
 
+def _update_in_place(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+    """The operator writes its first four arguments (see its schema in library.py), whoever calls it."""
+    mark_written(*args[:4])
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        torch.ops.ctr.sparse_update.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+LIBRARY.impl("sparse_update", _update_in_place, "ADInplaceOrView", with_keyset=True)
 torch.library.register_fake("ctr::embedding_lookup", _fake_lookup, lib=LIBRARY)
 torch.library.register_fake("ctr::sparse_update", _fake_update, lib=LIBRARY)

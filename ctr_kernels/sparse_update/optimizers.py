@@ -1,133 +1,14 @@
 """SparseSGD, SparseRowwiseAdagrad, SparseAdagrad, SparseLazyAdam: torch optimizers that touch only a step's rows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..backend import CHOICES, resolve
-from ..philox import as_seed
-from .native import update_native
-from .plan import take_plan
-from .reference import update_reference
-from .rule import RowState, Rule
-
-_STATE_DTYPES = (torch.float32, torch.bfloat16)
+from .base import SparseRowOptimizer
 
 
-class _SparseRowOptimizer(torch.optim.Optimizer):
-    """What all share: param groups, checks, state, and the walk over (ids, rows) of every table."""
-
-    rule: str  # one of rule.RULES
-
-    def __init__(self, params: Iterable[Any], kernels: str, **defaults: Any) -> None:
-        if kernels not in CHOICES:
-            raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
-        self.kernels = kernels
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; raises ValueError or TypeError for a hyperparameter out of range."""
-        _check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor of the state keeps its dtype: torch gives it that of the table."""
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        tables = [table for group in self.param_groups for table in group["params"]]
-        for key, table in zip(keys, tables, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                self.state[table][name] = value.to(table.device, copy=True)
-        for group, options in zip(self.param_groups, before, strict=True):
-            group.update({name: value for name, value in options.items() if name not in group})  # of older versions
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply the sparse gradients of all tables; returns the closure's loss, if one is given.
-
-        Raises ValueError for a dense gradient: use `EmbeddingTable` or `nn.Embedding(sparse=True)`.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        number = 0
-        for group in self.param_groups:
-            for table in group["params"]:
-                number += 1
-                if table.grad is not None:
-                    self._update(table, number, group)
-        return loss
-
-    def _update(self, table: torch.Tensor, number: int, group: dict[str, Any]) -> None:
-        grad = table.grad
-        assert grad is not None
-        if not grad.is_sparse or grad.sparse_dim() != 1:
-            raise ValueError(f"the gradient of a table {tuple(table.shape)} is dense; sparse rows are "
-                             "needed: use EmbeddingTable or nn.Embedding(sparse=True)")
-        ids, rows = grad._indices()[0], grad._values()
-        if rows.dtype not in (table.dtype, torch.float32):
-            raise TypeError(f"the gradient of a table of {table.dtype} has dtype {rows.dtype}; that of the table or "
-                            "torch.float32 is needed")
-        backend = resolve(self.kernels, table.device, "sparse_update", table.dtype)
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
-        rule = Rule(self.rule, group["lr"], group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
-        state = self._state_of(table, number, group)
-        if backend == "triton":
-            from .triton import update_triton
-
-            update_triton(table, ids, rows, rule, state, take_plan(table, ids))
-        else:
-            (update_native if backend == "native" else update_reference)(table, ids, rows, rule, state)
-
-    def _state_of(self, table: torch.Tensor, number: int, group: dict[str, Any]) -> RowState:
-        """The table's state, made where it is not there yet, with the step counted up where a rule needs it."""
-        state = self.state[table]
-        if not state.keys() & {"sum", "exp_avg"}:
-            state |= self._new_state(table, group)
-        if group["decay_untouched"] and "last_step" not in state:
-            state["last_step"] = torch.zeros(table.shape[0], dtype=torch.int32, device=table.device)
-        if torch.bfloat16 in (table.dtype, group.get("state_dtype")) and "seed" not in state:
-            seed = group["seed"]
-            state["seed"] = as_seed(None if seed is None else (seed + number) % 2**63, table.device)
-        if state.keys() & {"exp_avg", "last_step", "seed"} and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=table.device)
-        if "step" in state:
-            state["step"] += 1
-        return RowState(state.get("sum", state.get("exp_avg")), state.get("exp_avg_sq"), state.get("last_step"),
-                        state.get("step"), state.get("seed"))
-
-    def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the rule alone keeps of a table."""
-        return {}
-
-
-def _check(group: dict[str, Any]) -> None:
-    """ValueError or TypeError for the first hyperparameter out of range."""
-    lr, decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of {lr.numel()} elements; one is needed")
-    if not lr >= 0.0:
-        raise ValueError(f"lr={float(lr)} is negative" if lr < 0.0 else f"lr={float(lr)} is no number")
-    if not decay >= 0.0:
-        raise ValueError(f"weight_decay={decay} is negative" if decay < 0.0 else f"weight_decay={decay} is no number")
-    if lr * decay >= 1.0:
-        raise ValueError(f"lr={float(lr)} times weight_decay={decay} is {float(lr * decay)}; below 1 is needed, or a "
-                         "step leaves nothing of a row")
-    if group["decay_untouched"] and not decay:
-        raise ValueError("decay_untouched=True needs a weight_decay above 0")
-    if not group.get("eps", 1.0) > 0.0:
-        raise ValueError(f"eps={group['eps']} must be positive")
-    for beta in group.get("betas", ()):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"betas={group['betas']}: each must be in [0, 1)")
-    if group.get("state_dtype", torch.float32) not in _STATE_DTYPES:
-        raise TypeError(f"state_dtype={group['state_dtype']}: choose torch.float32 or torch.bfloat16")
-
-
-class SparseSGD(_SparseRowOptimizer):
+class SparseSGD(SparseRowOptimizer):
     """weight[r] -= lr * g_r for the rows of the step; no momentum.
 
     Args:
@@ -150,10 +31,11 @@ class SparseSGD(_SparseRowOptimizer):
 
     def __init__(self, params: Iterable[Any], lr: float | torch.Tensor = 0.01, *, weight_decay: float = 0.0,
                  decay_untouched: bool = False, seed: int | None = None, kernels: str = "auto") -> None:
-        super().__init__(params, kernels, lr=lr, weight_decay=weight_decay, decay_untouched=decay_untouched, seed=seed)
+        super().__init__(params, lr=lr, weight_decay=weight_decay, decay_untouched=decay_untouched, seed=seed,
+                         kernels=kernels)
 
 
-class SparseRowwiseAdagrad(_SparseRowOptimizer):
+class SparseRowwiseAdagrad(SparseRowOptimizer):
     """Adagrad (Duchi et al. 2011) with one fp32 accumulator a row: s += mean(g^2), w -= lr g / (sqrt(s) + eps).
 
     Args:
@@ -167,15 +49,13 @@ class SparseRowwiseAdagrad(_SparseRowOptimizer):
     """
 
     rule = "rowwise-adagrad"
+    options = {**SparseRowOptimizer.options, "eps": 1e-8}
 
     def __init__(self, params: Iterable[Any], lr: float | torch.Tensor = 0.01, eps: float = 1e-8, *,
                  weight_decay: float = 0.0, decay_untouched: bool = False, seed: int | None = None,
                  kernels: str = "auto") -> None:
-        super().__init__(params, kernels, lr=lr, eps=eps, weight_decay=weight_decay, decay_untouched=decay_untouched,
-                         seed=seed)
-
-    def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {"sum": torch.zeros(table.shape[0], dtype=torch.float32, device=table.device)}
+        super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay, decay_untouched=decay_untouched,
+                         seed=seed, kernels=kernels)
 
 
 class SparseAdagrad(SparseRowwiseAdagrad):
@@ -191,11 +71,8 @@ class SparseAdagrad(SparseRowwiseAdagrad):
 
     rule = "adagrad"
 
-    def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {"sum": torch.zeros(table.shape, dtype=torch.float32, device=table.device)}
 
-
-class SparseLazyAdam(_SparseRowOptimizer):
+class SparseLazyAdam(SparseRowOptimizer):
     """Adam (Kingma and Ba 2015) on the rows of the step only, as torch.optim.SparseAdam; see rule.py.
 
     The bias correction counts the steps of the table, not those of a row; rows that a step does not touch keep their
@@ -204,7 +81,7 @@ class SparseLazyAdam(_SparseRowOptimizer):
     Args:
         betas: of the moments, each in [0, 1).
         eps: added to the root of the second moment before its bias is corrected, > 0.
-        state_dtype: of both moments: torch.float32, or torch.bfloat16, stochastically rounded.
+        state_dtype: of both moments, when they are made: torch.float32, or torch.bfloat16, stochastically rounded.
         params, lr, weight_decay, decay_untouched, seed, kernels: as SparseSGD has them.
 
     State: "exp_avg" and "exp_avg_sq" [num_rows, dim], "step", and what SparseSGD has.
@@ -214,14 +91,11 @@ class SparseLazyAdam(_SparseRowOptimizer):
     """
 
     rule = "lazy-adam"
+    options = {**SparseRowOptimizer.options, "betas": (0.9, 0.999), "eps": 1e-8, "state_dtype": torch.float32}
 
     def __init__(self, params: Iterable[Any], lr: float | torch.Tensor = 0.001,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *,
                  state_dtype: torch.dtype = torch.float32, weight_decay: float = 0.0, decay_untouched: bool = False,
                  seed: int | None = None, kernels: str = "auto") -> None:
-        super().__init__(params, kernels, lr=lr, betas=betas, eps=eps, state_dtype=state_dtype,
-                         weight_decay=weight_decay, decay_untouched=decay_untouched, seed=seed)
-
-    def _new_state(self, table: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(table.shape, dtype=group["state_dtype"], device=table.device)
-                for name in ("exp_avg", "exp_avg_sq")}
+        super().__init__(params, lr=lr, betas=betas, eps=eps, state_dtype=state_dtype,
+                         weight_decay=weight_decay, decay_untouched=decay_untouched, seed=seed, kernels=kernels)

@@ -19,8 +19,13 @@ def sum_duplicates(ids: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def update_reference(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState) -> None:
-    """One step of `rule` (see rule.py), in place, for every distinct row of ids [N] with gradients rows [N, dim]."""
+    """One step of `rule` (see rule.py), in place, for every distinct row of ids [N] with gradients rows [N, dim].
+
+    Raises IndexError for an id outside the table, before anything is written.
+    """
     distinct, grad = sum_duplicates(ids, rows)
+    if len(distinct) and not 0 <= distinct[0] <= distinct[-1] < len(weight):
+        raise IndexError(f"ids from {distinct[0]} to {distinct[-1]} for a table of {len(weight)} rows")
     lr = torch.as_tensor(rule.lr, dtype=torch.float64, device=weight.device)
     direction, rate = grad, lr
     if rule.name == "lazy-adam":
@@ -40,7 +45,7 @@ def update_reference(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor
         direction = grad / (total.sqrt() + rule.eps)
         _write(state.first, distinct, total.view(len(distinct), *state.first.shape[1:]), 1, state)
     row = weight[distinct].to(grad.dtype)
-    if rule.weight_decay:
+    if rule.weight_decay or state.last is not None:
         row = row * _keep(distinct, lr * rule.weight_decay, state).to(row.dtype)
     _write(weight, distinct, row - rate * direction, 0, state)
 

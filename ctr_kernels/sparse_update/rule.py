@@ -52,3 +52,9 @@ class RowState(NamedTuple):
     last: torch.Tensor | None = None  # int32 [num_rows]: step that touched the row last, 0 at the start
     step: torch.Tensor | None = None  # int64 []: t of this step; for lazy-adam, `last` and bf16
     seed: torch.Tensor | None = None  # int64 [1]; for bf16
+
+
+def mark_written(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that a kernel writes them in place: a backward pass that has saved one of them then raises."""
+    torch.autograd.graph.increment_version(
+        [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()])  # those have no version

@@ -125,7 +125,7 @@ def check_ids(ids: torch.Tensor, num_rows: int) -> None:
     """IndexError that names the first id outside [0, num_rows), its position and the size of the table."""
     if ids.numel() == 0:
         return
-    if NATIVE_ABSENT is None:
+    if NATIVE_ABSENT is None and ids.device.type == "cpu":
         first = first_bad_id_native(ids, num_rows)
     else:
         wrong = ((ids < 0) | (ids >= num_rows)).flatten()

@@ -50,7 +50,7 @@ from ..library import last_dim_contiguous
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
 from .plan import Plan, sort_ids
-from .rule import RowState, Rule
+from .rule import RowState, Rule, mark_written
 from .triton_kernels import chunk_kernel, close_kernel
 
 CLOSE_WARPS = 4
@@ -111,6 +111,16 @@ def _constants(rule: Rule) -> dict[str, Any]:
             "LOG2_BETA2": log2, "DECAYS": bool(rule.weight_decay)}
 
 
+def refusal(weight: torch.Tensor) -> str | None:
+    """Why the kernels do not take the table [num_rows, dim]; None: they do."""
+    if weight.shape[1] > MAX_DIM:
+        return (f"rows of {weight.shape[1]} elements: kernels='triton' updates rows of at most {MAX_DIM}; "
+                "kernels='eager' takes any")
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        return f"the table has strides {weight.stride()}; kernels='triton' needs rows without gaps"
+    return None
+
+
 def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
                   plan: Plan | None = None) -> None:
     """`update_reference`, in place; ids outside the table, which the lookup has refused, are left out.
@@ -118,18 +128,19 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
     The plan, if any, is of these ids. A learning rate on the table's device is read there.
     """
     num_rows, dim = weight.shape
-    if dim > MAX_DIM:
-        raise ValueError(f"rows of {dim} elements: kernels='triton' updates rows of at most {MAX_DIM}; "
-                         "kernels='eager' takes any")
-    if weight.stride(1) != 1 and dim > 1:
-        raise ValueError(f"the table has strides {weight.stride()}; kernels='triton' needs rows without gaps")
+    if (reason := refusal(weight)) is not None:
+        raise ValueError(reason)
+    tables = (weight, state.first if rule.name != "sgd" else None,
+              state.second if rule.name == "lazy-adam" else None, state.last)
+    mark_written(*tables)
     if ids.numel() == 0:
         return
     on_device = isinstance(rule.lr, torch.Tensor) and rule.lr.device == weight.device
     lr = rule.lr if on_device else float(rule.lr)  # a tensor that is elsewhere is on the host: nothing waits
-    sorted_ids, order = sort_ids(ids, num_rows) if plan is None else (plan.sorted_ids, plan.order)
-    tables = (weight, state.first if rule.name != "sgd" else None,
-              state.second if rule.name == "lazy-adam" else None, state.last)
+    if plan is None:  # ids that no lookup has seen: one of 2^32 would else be 0 in int32
+        sorted_ids, order = sort_ids(ids.long().clamp(-1, num_rows), num_rows)
+    else:
+        sorted_ids, order = plan.sorted_ids, plan.order
     scalars = (lr, state.step, state.seed, float(rule.weight_decay), float(rule.eps))
     rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(rule)}
     copies: list[torch.Tensor | None] = []
@@ -142,9 +153,6 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
     key = _key(rule.name, dim, weight.dtype, state.last is not None, capability(weight.device))
     launch = launch_choice(key, _default(key), _candidates(key[2]), rehearse)
     _run(launch, tables, sorted_ids, order, rows, scalars, constants)
-    for written in tables:
-        if written is not None:
-            torch.autograd.graph.increment_version(written)  # as any in-place operator of torch does
 
 
 def _run(launch: Launch, tables: Sequence[torch.Tensor | None], sorted_ids: torch.Tensor, order: torch.Tensor,

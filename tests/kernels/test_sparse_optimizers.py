@@ -6,16 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from row_formulas import ExactTable
+from row_tables import BACKENDS, OPTIMIZERS, make, needs_native, new_table, steps
 
 from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
-from ctr_kernels.library import NATIVE_ABSENT
 from ctr_kernels.sparse_update.reference import rounding_bits
 from ctr_kernels.sparse_update.rule import RowState
 
-OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
-              "lazy-adam": SparseLazyAdam}
-needs_native = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=f"native: {NATIVE_ABSENT}")
-BACKENDS = ["eager", pytest.param("native", marks=needs_native)]
 DECAYS = [{}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "decay_untouched": True}]
 
 
@@ -234,3 +230,46 @@ def test_results_do_not_depend_on_the_number_of_threads(make: Callable) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hooks_of_steps_and_the_profiler_see_them(name: str) -> None:
+    optimizer, calls = make(name, "eager"), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        steps(optimizer, [0])
+    assert calls == ["pre", "post"]
+    names = [event.name for event in profile.events() if event.name.startswith("Optimizer.step#")]
+    assert names == [f"Optimizer.step#{OPTIMIZERS[name].__name__}.step"]
+
+
+@pytest.mark.parametrize("kernels", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_model_may_change_its_dtype_between_steps(name: str, kernels: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        if dtype == torch.float64 and kernels == "native":
+            continue
+        model = torch.nn.ParameterList([new_table()])
+        optimizer = OPTIMIZERS[name](model.parameters(), lr=0.1, kernels=kernels, seed=1)
+        steps(optimizer, range(2))
+        model.to(dtype)
+        before, sums = model[0].detach().clone(), {k: v.clone() for k, v in optimizer.state[model[0]].items()}
+        steps(optimizer, [2])
+        assert model[0].dtype == dtype and not torch.equal(model[0], before)
+        for key in sums.keys() - {"step"}:
+            assert optimizer.state[model[0]][key].dtype == sums[key].dtype
+        model.to(torch.float32)
+        steps(optimizer, [3])
+
+
+@needs_native
+def test_the_operator_tells_autograd_what_it_writes_whoever_calls_it() -> None:
+    weight, first, second = (torch.zeros(4, 2) for _ in range(3))
+    last, ids, rows = torch.zeros(4, dtype=torch.int32), torch.tensor([1]), torch.ones(1, 2)
+    torch.ops.ctr.sparse_update(weight, first, second, last, ids, rows, 3, 0.1, 0.1, 1e-8, 0.9, 0.999, 1, 0)
+    assert [t._version for t in (weight, first, second, last, ids, rows)] == [1, 1, 1, 1, 0, 0]
+    torch.ops.ctr.sparse_update(weight, None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
+    assert weight._version == 2 and first._version == 1
+    with torch.inference_mode():
+        torch.ops.ctr.sparse_update(weight.clone(), None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
