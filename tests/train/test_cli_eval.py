@@ -134,10 +134,19 @@ def test_checkpoint_chooses_the_weights(evaluate, trained, prepared, tmp_path):
 
 
 def test_without_best_the_last_weights_are_taken(evaluate, trained, prepared, tmp_path):
-    shutil.copy(trained / "last.pt", tmp_path)
+    content = torch.load(trained / "last.pt", weights_only=True)
+    torch.save({**content, "best": None}, tmp_path / "last.pt")  # as of a run without evaluations
     assert json.loads(evaluate(tmp_path, "--data", prepared, "--json")[1])["checkpoint"] == "last.pt"
     assert "tmp" in (message := one_sentence(*evaluate(tmp_path, "--data", prepared, "--checkpoint", "best")))
     assert "best.pt" in message
+
+
+def test_kept_weights_that_are_lost_are_not_replaced_by_others(evaluate, trained, prepared, tmp_path):
+    shutil.copy(trained / "last.pt", tmp_path)
+    message = one_sentence(*evaluate(tmp_path, "--data", prepared))
+    assert "best.pt is missing, though the run has evaluated and kept the weights of step " in message
+    assert message.rstrip().endswith("for those of its last step say --checkpoint last")
+    assert evaluate(tmp_path, "--data", prepared, "--checkpoint", "last")[0] == 0
 
 
 def test_other_splits_and_the_table(evaluate, trained, prepared):

@@ -120,7 +120,8 @@ def test_the_gold_report_says_which_file_and_how_good(prepared, toy):
 def test_best_possible_is_none_where_it_is_unknown(tmp_path, write_split, toy):
     write_split(tmp_path / "valid.arrow", 100)
     checksum = hashlib.sha256((tmp_path / "valid.arrow").read_bytes()).hexdigest()
-    artifacts = SimpleNamespace(outputs={"valid": {"sha256": checksum}}, best_possible=None)
+    artifacts = SimpleNamespace(outputs={"valid": {"sha256": checksum}}, best_possible=None, counts={"valid": 100},
+                                num_dense=13)
     assert split_report(toy, tmp_path, artifacts, "valid", **OPTIONS)["best_possible"] is None
 
 
