@@ -130,6 +130,16 @@ def kept_path(run: Path | str, name: str | None = None) -> Path:
                     f"{'it has not saved that yet' if (run / 'config.json').exists() else 'it is no run of ctr-train'}")
 
 
+def load_kept(run: Path | str, name: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """(path, content) of the checkpoint of `kept_path`; UserError, too, where it only stands in for a lost one."""
+    path = kept_path(run, name)
+    content = load_checkpoint(path)
+    if name is None and path.name == "last.pt" and content["best"] is not None:
+        raise UserError(f"{path.with_name('best.pt')} is missing, though the run has evaluated and kept the weights of "
+                        f"step {content['best']['step']:,}; ctr-eval --checkpoint last takes those of its last step")
+    return path, content
+
+
 def newest_checkpoint(run: Path, model_name: str) -> dict[str, Any] | None:
     """The state that a run goes on from: that of best.pt or last.pt with more steps; None where there is neither."""
     found = [load_checkpoint(run / name, model_name) for name in ("last.pt", "best.pt") if (run / name).exists()]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ctr_models import CTRModel
 
-from .checkpoint import build_model, kept_path, load_checkpoint, load_scored
+from .checkpoint import build_model, load_kept, load_scored
 from .command import PATH, run_command
 from .data.artifacts import Artifacts
 from .data.raw import read_features
@@ -56,11 +56,7 @@ class Trained:
 
         Raises UserError where `run` holds no such checkpoint, or it does not fit, or kernels or device cannot be used.
         """
-        path = kept_path(run, checkpoint)
-        content = load_checkpoint(path)
-        if checkpoint is None and path.name == "last.pt" and content["best"] is not None:
-            raise UserError(f"{run / 'best.pt'} is missing, though the run has evaluated and kept the weights of step "
-                            f"{content['best']['step']:,}; for those of its last step say --checkpoint last")
+        path, content = load_kept(run, checkpoint)
         config = content["config"]
         try:
             artifacts = Artifacts.from_dict(content["artifacts"])

@@ -13,7 +13,7 @@ import torch
 
 from ctr_models import CTRModel
 
-from .checkpoint import kept_path, load_checkpoint, scored_weights
+from .checkpoint import kept_path, load_kept, scored_weights
 from .data.artifacts import Artifacts
 from .data.base import Base
 from .errors import UserError
@@ -41,10 +41,10 @@ class Continued:
     @classmethod
     def load(cls, run: Path) -> "Continued":
         """UserError where the directory holds no finished run."""
-        path = kept_path(run)
+        kept_path(run)  # says what is no run
         if not (run / "gold.json").exists():
             raise UserError(f"{run} holds a run that has not finished: ctr-train --resume --out {run}")
-        content = load_checkpoint(path)
+        _, content = load_kept(run)
         return cls(run, content["config"], Base.load(run))
 
     def hyperparameters(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Continued:
         Args:
             model: newly made for `artifacts`; the rows added have its weights.
         """
-        content = load_checkpoint(kept_path(self.run))
+        _, content = load_kept(self.run)
         weights, states = scored_weights(content), content["optimizers"]
         before, now = self.base.artifacts.table_rows, artifacts.table_rows
         if now > before:

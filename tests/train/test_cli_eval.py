@@ -145,7 +145,7 @@ def test_kept_weights_that_are_lost_are_not_replaced_by_others(evaluate, trained
     shutil.copy(trained / "last.pt", tmp_path)
     message = one_sentence(*evaluate(tmp_path, "--data", prepared))
     assert "best.pt is missing, though the run has evaluated and kept the weights of step " in message
-    assert message.rstrip().endswith("for those of its last step say --checkpoint last")
+    assert message.rstrip().endswith("ctr-eval --checkpoint last takes those of its last step")
     assert evaluate(tmp_path, "--data", prepared, "--checkpoint", "last")[0] == 0
 
 
