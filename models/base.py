@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable
+from ctr_kernels.checks import without_autocast
 
 from .checks import check_choice
 from .cross import CROSS_LAYERS, CROSS_RANK, LowRankCross, cross_network
@@ -78,7 +79,7 @@ class LogitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in_features] -> [B], in the dtype of the weight."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
 
 
