@@ -107,7 +107,7 @@ def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
 
 
 def inside_torch_func() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work, which kernels have no rules for."""
+    """Whether torch.func or forward-mode differentiation is at work: kernels have no rules for them."""
     return not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
 

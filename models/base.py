@@ -25,7 +25,7 @@ class CTRModel(nn.Module):
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD and its like."""
-        return [module.weight for module in self.modules() if isinstance(module, EmbeddingTable)]
+        return list(dict.fromkeys(module.weight for module in self.modules() if isinstance(module, EmbeddingTable)))
 
     def store_embeddings_as(self, dtype: torch.dtype) -> None:
         """Keep the tables in `dtype`, bf16 for half the memory; the tokens they give stay in the dtype they had."""
@@ -58,10 +58,12 @@ class CTRModel(nn.Module):
         """
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
+        placed = set(self.embedding_parameters())
         for module in self.modules():
-            if isinstance(module, EmbeddingTable):
-                continue
             for name, parameter in module.named_parameters(recurse=False):
+                if parameter in placed:  # of a table, or shared with a module before
+                    continue
+                placed.add(parameter)
                 decays = isinstance(module, nn.Linear) and name == "weight"
                 (decayed if decays else kept).append(parameter)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]

@@ -18,7 +18,7 @@ def uniform_vectors(*shape: int) -> nn.Parameter:
 
 
 class Constants(nn.Module):
-    """A module whose buffers keep their precision when its parameters are converted to a narrower dtype.
+    """A module whose buffers stay fp32, or wider, when its parameters are converted to a narrower dtype.
 
     Edges and moments are numbers of the data. In half precision large ones would overflow and near ones coincide;
     `model.half()` then trained on other features.
@@ -29,8 +29,8 @@ class Constants(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new is not None and torch.promote_types(old.dtype, new.dtype) != new.dtype:
-                self._buffers[name] = old.to(new.device)
+            if old is not None and new is not None and torch.promote_types(new.dtype, torch.float32) != new.dtype:
+                self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
 

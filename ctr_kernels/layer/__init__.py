@@ -85,7 +85,8 @@ class TransformerLayer(nn.Module):
         else:
             x = x + like_input("out", self._attention(self.attention_norm(x) if pre else x, dropout_p), x)
         # Post-norm, Triton's attention half ends with a norm, as its FFN half does; the native FFN half begins with it.
-        if not (pre or (backend == "triton" and calls_attention is None) or (backend == "native" and calls_ffn is None)):
+        normed = calls_attention is None if backend == "triton" else calls_ffn is None
+        if not (pre or normed):
             x = self.attention_norm(x)
         if calls_ffn is None:
             x = fused.fused_ffn(self, x, dropout_p)

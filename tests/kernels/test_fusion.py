@@ -192,7 +192,7 @@ def test_eager_calls_every_child_once() -> None:
         layer, calls = TransformerLayer(DIM, HEADS, HIDDEN, norm=norm, kernels="eager"), []
         for name in ALL:
             forward = getattr(layer, name).forward
-            getattr(layer, name).forward = lambda x, _f=forward, _n=name: (calls.append(_n), _f(x))[1]
+            getattr(layer, name).forward = lambda x, _f=forward, _n=name, _c=calls: (_c.append(_n), _f(x))[1]
         layer(torch.randn(2, 3, DIM))
         assert sorted(calls) == sorted(ALL)
 
@@ -214,7 +214,8 @@ def test_the_other_half_stays_fused(norm: str, name: str, attention: bool, feed_
 
 
 @needs_native
-@pytest.mark.parametrize("surgery", ["tied norms", "tied weights", "frozen half", "norm with another eps", "a wider FFN"])
+@pytest.mark.parametrize("surgery", ["tied norms", "tied weights", "frozen half", "norm with another eps",
+                                     "a wider FFN"])
 def test_what_kernels_compute_stays_fused(surgery: str) -> None:
     assert repr(build(surgery, "pre", "auto")).count("fused (native)") == 2
 
