@@ -43,7 +43,8 @@ def field_attention(
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
-    backend = resolve(kernels, q.device, "field_attention", q.dtype, lambda _: attention_limits(*q.shape[1:], num_heads))
+    backend = resolve(kernels, q.device, "field_attention", q.dtype,
+                      lambda _: attention_limits(*q.shape[1:], num_heads))
     if backend == "triton":
         from .triton import field_attention_triton as run
     else:

@@ -18,7 +18,8 @@ MODELS = {
 @pytest.fixture(params=MODELS)
 def build(request):
     model_class, settings = MODELS[request.param]
-    return lambda kernels="eager": model_class(num_embeddings=1000, embedding_std=1.0, kernels=kernels, **settings).eval()
+    settings = {"num_embeddings": 1000, "embedding_std": 1.0, **settings}
+    return lambda kernels="eager": model_class(kernels=kernels, **settings).eval()
 
 
 @pytest.mark.parametrize("strict", [False, True])
