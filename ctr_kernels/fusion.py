@@ -80,10 +80,11 @@ def plain_norm(module: nn.Module | None, name: str, dim: int) -> str | None:
     return (plain_parameter(module, name, "weight", (dim,)) or plain_parameter(module, name, "bias", (dim,)))
 
 
-def same_kind(modules: dict[str, nn.Module], device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+def same_kind(modules: dict[str, nn.Module | None], device: torch.device,
+              dtype: torch.dtype | None = None) -> str | None:
     """The reason why parameters of `modules` are not all on `device` and of `dtype`, or of any one; None if so."""
     for name, module in modules.items():
-        for parameter in module._parameters.values():
+        for parameter in () if module is None else module._parameters.values():
             if parameter is None:
                 continue
             dtype = dtype or parameter.dtype

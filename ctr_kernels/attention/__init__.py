@@ -44,7 +44,7 @@ def field_attention(
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, q.device, "field_attention", q.dtype,
-                      lambda _: attention_limits(*q.shape[1:], num_heads))
+                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
     if backend == "triton":
         from .triton import field_attention_triton as run
     else:
@@ -71,7 +71,7 @@ def field_attention_packed(
     q, k, v = qkv.chunk(3, dim=-1)
     _check(q, k, v, num_heads)
     backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype,
-                      lambda _: attention_limits(*q.shape[1:], num_heads))
+                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
     if backend == "eager":
         return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
                                kernels="eager")

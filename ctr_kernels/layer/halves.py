@@ -37,7 +37,7 @@ def hidden_width(layer: "TransformerLayer") -> int:
     return out_features(layer._modules.get("ffn_in"))
 
 
-def _with_norm(layer: "TransformerLayer", modules: dict[str, nn.Module], x: torch.Tensor, norm: str | None,
+def _with_norm(layer: "TransformerLayer", modules: dict[str, nn.Module | None], x: torch.Tensor, norm: str | None,
                dtype: torch.dtype | None) -> str | None:
     if norm is not None:
         modules[norm] = layer._modules.get(norm)

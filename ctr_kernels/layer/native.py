@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def why_attention_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
     """Why `ctr::attention_block` does not do the attention half of this layer on x [B, F, D], or None."""
-    reason = _limits(x) or attention_limits(*x.shape[1:], layer.num_heads)
+    reason = _limits(x) or attention_limits(x.shape[1], x.shape[2], layer.num_heads)
     return reason or attention_half(layer, x, "attention_norm" if layer.norm == "pre" else None, x.dtype)
 
 

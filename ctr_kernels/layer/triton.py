@@ -212,7 +212,7 @@ no_double_backward("ctr::attention_block_triton_backward")
 
 def why_attention_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
     """Why the kernels do not do the attention half of this layer on x [B, F, D]; None if they do."""
-    reason = _limits(x) or attention_limits(*x.shape[1:], layer.num_heads)
+    reason = _limits(x) or attention_limits(x.shape[1], x.shape[2], layer.num_heads)
     return reason or attention_half(layer, x, "attention_norm")
 
 

@@ -106,6 +106,18 @@ class EmbeddingTable(nn.Module):
         self.output_dtype = None if lookups == self.weight.dtype else lookups
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # not a key: state_dicts without it load as well
+            metadata["output_dtype"] = self.output_dtype
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        if local_metadata.get("assign_to_params_buffers") and "output_dtype" in local_metadata:
+            self.output_dtype = local_metadata["output_dtype"]  # the table has the dtype that it had there, too
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [...] -> [..., dim]."""
         if ids.dtype not in (torch.int32, torch.int64):

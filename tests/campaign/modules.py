@@ -130,6 +130,7 @@ NORM = ANY | {
     "subclass": swap(lambda old, _: Halved(old.normalized_shape)), "Identity": swap(lambda *_: nn.Identity()),
     "RMSNorm": swap(lambda old, _: nn.RMSNorm(old.normalized_shape)), "no affine": of_norm(elementwise_affine=False),
     "no bias": of_norm(bias=False), "another eps": of_norm(eps=0.3)}
+CHILDREN = {"attention_norm", "qkv", "out", "ffn_norm", "ffn_in", "ffn_out", "u", "v"}  # which kernels stand in for
 WHOLE = ("double", "bfloat16", "bf16 table", "tied", "global hook", "copy")
 NO_COPY = {"pruned", "old weight norm", "old spectral norm"}  # PyTorch does not copy weights that were computed
 NO_PICKLE = NO_COPY | {"parametrised", "weight norm", "spectral norm"}
@@ -148,7 +149,7 @@ class Plan:
         self.draw, self.seed, self.surgeries = random.Random(seed), seed, []
         draw = self.draw
         self.kind = draw.choice(["layer", "layer", "ft", "autoint", "dcnv2"])
-        self.dim, heads = draw.choice([(16, 2), (32, 4), (48, 3), (64, 4), (24, 3), (48, 4)])
+        self.dim, heads = draw.choice([(16, 2), (32, 4), (48, 3), (64, 4), (64, 2), draw.choice([(24, 3), (48, 4)])])
         if self.kind == "layer":
             activation = draw.choice(list(ACTIVATIONS))
             self.make = partial(TransformerLayer, self.dim, heads, draw.choice([32, 64, 76]), activation=activation,
@@ -192,7 +193,8 @@ class Plan:
                    and "forward" not in m.__dict__ and m._parameters.get("bias") is not None]
         if draw.random() < 0.7 or name in done or {name, *done} >= {"double", "bfloat16"} or (
                 name == "bf16 table" and (self.kind == "layer" or {"double", "bfloat16"} & done)):
-            path = draw.choice(targets)
+            fused = [p for p in targets if p.rpartition(".")[2] in CHILDREN]
+            path = draw.choice(fused if fused and draw.random() < 0.85 else targets)
             name = draw.choice(list(LINEAR if type(model.get_submodule(path)) is nn.Linear else NORM))
         elif name == "tied":
             kinds: dict[Any, list[str]] = {}
@@ -358,7 +360,7 @@ def check(seed: int) -> str:
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = plan.build(0, "eager", [])
-        for _ in range(plan.draw.randint(1, 4)):
+        for _ in range(plan.draw.choice([1, 1, 1, 2, 3, 4])):
             surgery = plan.choose(twin)
             plan.surgeries.append(surgery)
             operate(twin, surgery, 0)
@@ -368,7 +370,7 @@ def check(seed: int) -> str:
             operate(model, surgery, 0)
             if surgery.name == "copy":
                 model = copied(plan, model, plan.surgeries[:i], surgery.seed)
-        assert "fused" in repr(model) or "called" in repr(model)
+        repr(model)
         if any(s.name == "global hook" for s in plan.surgeries):
             stack.callback(register_module_forward_hook(scale_linear).remove)
         parameter = next(p for name, p in twin.named_parameters() if "table" not in name)

@@ -165,6 +165,23 @@ def test_a_table_stored_in_bf16_is_converted_with_its_model(case, convert):
     assert out.dtype == table.dtype == table.grad.dtype == convert
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_with_a_table_in_bf16_is_loaded(case, assign, tmp_path):
+    build, batch = case
+    model = build()
+    model.store_embeddings_as(torch.bfloat16)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    other = on_meta(build) if assign else build()
+    other.load_state_dict(state, assign=assign)
+    assert torch.equal(other.eval()(*batch), model(*batch))
+    (table,) = other.embedding_parameters()
+    assert table.dtype == (torch.bfloat16 if assign else torch.float32)
+    whole = on_meta(build)
+    whole.load_state_dict(build().bfloat16().state_dict(), assign=True)
+    assert whole(*batch).dtype == torch.bfloat16
+
+
 def test_a_move_leaves_a_stored_dtype_alone():
     table = EmbeddingTable(10, 4)
     table.store_as(torch.bfloat16)

@@ -186,6 +186,19 @@ def test_65_tokens_are_told_of_the_mean():
         FTTransformer(**{**settings, "num_dense": 39})
 
 
+def test_logits_are_not_scaled_in_a_layer_that_would_lose_it():
+    for change in (parametrizations.weight_norm, hook, lambda head: prune.l1_unstructured(head, "weight", 0.5)):
+        model = DCNv2(num_embeddings=100)
+        change(model.head)
+        for act in (model.scale_logits, model.shift_logits):
+            with pytest.raises(ValueError, match="in a layer that was changed: head "):
+                act(0.5)
+    model = DCNv2(num_embeddings=100)
+    model.head = LoRA(nn.Linear(493, 1))
+    with pytest.raises(ValueError, match="DCNv2 has no LogitLinear left"):
+        model.scale_logits(0.5)
+
+
 def test_parameters_that_modules_share_lie_in_one_group_once():
     model = DCNv2(num_embeddings=1000, num_experts=2)
     model.cross[1].u.weight = model.cross[0].u.weight
