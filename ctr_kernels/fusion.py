@@ -68,6 +68,12 @@ def out_features(module: nn.Module | None) -> int:
     return 0 if weight is None or weight.dim() != 2 else weight.shape[0]
 
 
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Both of a plain module; the attributes, without nn.Module's search for them."""
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]  # type: ignore[return-value]  # plain modules have both
+
+
 def plain_norm(module: nn.Module | None, name: str, dim: int) -> str | None:
     """The reason why `module` is not an ordinary `nn.LayerNorm` over the last `dim` elements; None if it is."""
     reason = plain_module(module, name, nn.LayerNorm)

@@ -8,7 +8,7 @@ from torch import nn
 from ctr_kernels import BackendUnavailable, low_rank_cross
 from ctr_kernels.backend import resolve
 from ctr_kernels.cross import cross_limits
-from ctr_kernels.fusion import like_input, out_features, plain_linear, same_kind
+from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
 
 CROSS_LAYERS, CROSS_RANK = 3, 32  # of the baseline study's network
 
@@ -75,7 +75,8 @@ class LowRankCross(nn.Module):
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
         if self._why_not_fused(x) is None:
-            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels=self.kernels)
+            weight, bias = weight_and_bias(self.v)
+            return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))
@@ -91,10 +92,10 @@ class LowRankCross(nn.Module):
             return "experts have no fused operation"
         if self.kernels == "eager":
             return "kernels='eager'"
-        u, v, width, rank = self.u, self.v, x.shape[-1], out_features(self.u)
-        reason = (plain_linear(u, "u", width, rank, bias=False) or plain_linear(v, "v", rank, width)
-                  or same_kind({"u": u, "v": v}, x.device))
-        if reason is not None:
+        u, v = self.u, self.v
+        width, rank = x.shape[-1], out_features(u)
+        reason = plain_linear(u, "u", width, rank, bias=False) or plain_linear(v, "v", rank, width)
+        if reason is not None:  # dtypes and devices that differ are an error in either way
             return reason
         backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: cross_limits(of, width, rank))
         return f"kernels={self.kernels!r} is eager here" if backend == "eager" else None

@@ -11,6 +11,7 @@ import torch
 from ..checks import attention_limits
 from ..ffn import ffn_limits
 from ..ffn.reference import ACTIVATIONS
+from ..fusion import weight_and_bias
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
 from .halves import attention_half, ffn_half, hidden_width
@@ -46,10 +47,10 @@ def fused_attention(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float
     """x + attention(LN(x)) of pre-norm, x + attention(x) of post-norm: [B, F, D] -> [B, F, D]."""
     seed = as_seed(None, x.device) if dropout_p > 0.0 else None
     first, scale = layer.attention_norm, (x.shape[2] // layer.num_heads) ** -0.5
-    norm = (first.weight, first.bias, first.eps) if layer.norm == "pre" else (None, None, 0.0)
+    norm = (*weight_and_bias(first), first.eps) if layer.norm == "pre" else (None, None, 0.0)
     out: torch.Tensor = torch.ops.ctr.attention_block(
-        x.contiguous(), *norm, layer.qkv.weight, layer.qkv.bias, layer.out.weight, layer.out.bias, layer.num_heads,
-        scale, dropout_p, seed)[0]
+        x.contiguous(), *norm, *weight_and_bias(layer.qkv), *weight_and_bias(layer.out), layer.num_heads, scale,
+        dropout_p, seed)[0]
     return out
 
 
@@ -58,8 +59,8 @@ def fused_ffn(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float) -> t
     seed, pre = as_seed(None, x.device) if dropout_p > 0.0 else None, layer.norm == "pre"
     norm = layer.ffn_norm if pre else layer.attention_norm
     out: torch.Tensor = torch.ops.ctr.ffn_block(
-        x.reshape(-1, x.shape[2]).contiguous(), norm.weight, norm.bias, norm.eps, not pre, layer.ffn_in.weight,
-        layer.ffn_in.bias, layer.ffn_out.weight, layer.ffn_out.bias, list(ACTIVATIONS).index(layer.activation),
+        x.reshape(-1, x.shape[2]).contiguous(), *weight_and_bias(norm), norm.eps, not pre,
+        *weight_and_bias(layer.ffn_in), *weight_and_bias(layer.ffn_out), list(ACTIVATIONS).index(layer.activation),
         dropout_p, seed)
     return out.view(x.shape)
 
