@@ -46,6 +46,10 @@ class Doubled(nn.Linear):
         return 2.0 * super().forward(x)
 
 
+class OwnTensor(torch.Tensor):
+    """A weight of another kind, as quantised and distributed ones are."""
+
+
 class Shifted(nn.Module):
     """A parametrization."""
 
@@ -120,6 +124,13 @@ SURGERIES: dict[str, Callable[[TransformerLayer], None]] = {
     "spectral norm of old": on("out", torch.nn.utils.spectral_norm),
     "parametrised norm": on("attention_norm", lambda m: parametrize.register_parametrization(m, "weight", Shifted())),
     "transposed weight": on("ffn_in", lambda m: setattr(m, "weight", nn.Parameter(torch.randn(DIM, HIDDEN).t() / 8))),
+    "norm whose weight was removed": on("attention_norm", lambda m: setattr(m, "weight", None)),
+    "norm whose bias was removed": on("ffn_norm", lambda m: setattr(m, "bias", None)),
+    "weight that is no parameter": lambda layer: (delattr(layer.out, "weight"),
+                                                  setattr(layer.out, "weight", torch.randn(DIM, DIM) / 8))[0],
+    "weight of a tensor subclass": on("qkv", lambda m: setattr(m, "weight", nn.Parameter(
+        m.weight.detach().as_subclass(OwnTensor)))),
+    "scripted child": replace("ffn_in", torch.jit.script),
     "tied norms": lambda layer: setattr(layer, "ffn_norm", layer.attention_norm),
     "tied weights": lambda layer: setattr(layer.ffn_norm, "weight", layer.attention_norm.weight),
     "frozen half": on("qkv", lambda m: m.requires_grad_(False)),
@@ -185,6 +196,14 @@ def test_every_child_is_called_if_it_is_hooked(norm: str, name: str) -> None:
     handle.remove()
     layer(torch.randn(2, 3, DIM))
     assert calls == [name]
+
+
+def test_a_forward_that_was_replaced_for_all_linear_layers_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, calls, forward = TransformerLayer(DIM, HEADS, HIDDEN), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
+    layer(torch.randn(2, 3, DIM))
+    assert calls == [layer.qkv, layer.out, layer.ffn_in, layer.ffn_out]
+    assert "nn.Linear has another forward" in repr(layer)
 
 
 def test_eager_calls_every_child_once() -> None:
