@@ -1,5 +1,7 @@
 """Argument checks shared by the operations; every message quotes the offending value and the limit."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -7,10 +9,19 @@ MAX_FIELDS = 64
 HEAD_DIMS = (8, 16, 32, 64)
 
 
+def attention_limits(fields: int, dim: int, num_heads: int) -> str | None:
+    """Why the fused kernels do not take attention over `fields` tokens of `dim` in that many heads; None if they do."""
+    if fields > MAX_FIELDS:
+        return f"F={fields} fields; 1 to {MAX_FIELDS} are supported"
+    if dim // num_heads not in HEAD_DIMS:
+        return f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in the dtype of an active `torch.autocast` of their device; as they are without one."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -26,3 +37,13 @@ def same_float(named: dict[str, torch.Tensor]) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}, {first_name} has {first.dtype}; they must agree")
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}, {first_name} is on {first.device}")
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether `torch.autocast` is active for that kind of device; it knows nothing of "meta" and refuses to say."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context without `torch.autocast`."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

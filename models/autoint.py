@@ -28,7 +28,7 @@ class AutoInt(CTRModel):
         dim: width of a token.
         attention_dim: width of the interacting layers, heads together; None means dim. Paper variant only.
         num_dense, num_sparse: number of numeric features and of categorical fields.
-        num_layers, num_heads: None means 2 and 4 (study), 3 and 2 (paper); width / num_heads is 8, 16, 32 or 64.
+        num_layers, num_heads: None means 2 and 4 (study), 3 and 2 (paper); num_heads divides the width.
         dropout: on attention weights, and in the study on hidden units of the FFN and head; none in eval().
         numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
             "affine", "scaled", "periodic" or "piecewise" (one each, 39); see FeatureTokenizer. None means "token"
@@ -92,7 +92,7 @@ class AutoInt(CTRModel):
             tables=tables, std=embedding_std, kernels=kernels,
         )
         num_tokens = self.tokenizer.num_tokens
-        check_attention(attention_dim, num_heads, num_tokens)
+        check_attention(attention_dim, num_heads, num_tokens, kernels)
         self.flatten = paper
         if paper:
             self.layers = nn.ModuleList(
@@ -125,8 +125,8 @@ class InteractingLayer(nn.Module):
     Q, K, V and the residual R are relu(Linear(x)); the heads are concatenated and not projected.
 
     Args:
-        in_dim, dim: width of a token before and after; dim / num_heads is 8, 16, 32 or 64.
-        num_heads: number of heads.
+        in_dim, dim: width of a token before and after.
+        num_heads: number of heads, a divisor of dim.
         dropout: on the attention weights.
         kernels: "auto", "eager", "native" or "triton".
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable
+from ctr_kernels.checks import without_autocast
+from ctr_kernels.fusion import plain_module, plain_parameter
 
 from .checks import check_choice
 from .cross import CROSS_LAYERS, CROSS_RANK, LowRankCross, cross_network
@@ -24,7 +26,7 @@ class CTRModel(nn.Module):
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD and its like."""
-        return [module.weight for module in self.modules() if isinstance(module, EmbeddingTable)]
+        return list(dict.fromkeys(module.weight for module in self.modules() if isinstance(module, EmbeddingTable)))
 
     def store_embeddings_as(self, dtype: torch.dtype) -> None:
         """Keep the tables in `dtype`, bf16 for half the memory; the tokens they give stay in the dtype they had."""
@@ -33,17 +35,32 @@ class CTRModel(nn.Module):
                 module.store_as(dtype)
 
     def scale_logits(self, factor: float) -> None:
-        """Multiply every logit by a number from now on, in the last layers, whose sum the logit is."""
+        """Multiply every logit by a number from now on, in the last layers, whose sum the logit is.
+
+        Raises ValueError where a last layer is no longer what the model made: the factor would be lost.
+        """
         with torch.no_grad():
-            for head in (module for module in self.modules() if isinstance(module, LogitLinear)):
+            for head in self._last_layers():
                 head.weight.mul_(factor)
                 head.bias.mul_(factor)
 
     def shift_logits(self, shift: float) -> None:
-        """Add a number to every logit from now on, in the bias of a last layer."""
-        head = next(module for module in self.modules() if isinstance(module, LogitLinear))
+        """Add a number to every logit from now on, in the bias of a last layer; ValueError as in scale_logits."""
         with torch.no_grad():
-            head.bias.add_(shift)
+            self._last_layers()[0].bias.add_(shift)
+
+    def _last_layers(self) -> list["LogitLinear"]:
+        """The layers whose sum the logit is, as they were made; ValueError where one is not."""
+        heads = {name: module for name, module in self.named_modules() if isinstance(module, LogitLinear)}
+        if not heads:
+            raise ValueError(f"{type(self).__name__} has no LogitLinear left, where its logits could be scaled")
+        for name, head in heads.items():
+            reason = plain_module(head, name, LogitLinear)
+            reason = reason or plain_parameter(head, name, "weight", (1, head.in_features))
+            reason = reason or plain_parameter(head, name, "bias", (1,))
+            if reason is not None:
+                raise ValueError(f"logits cannot be scaled in a layer that was changed: {reason}")
+        return list(heads.values())
 
     def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All other parameters as two groups for AdamW; only the matrices of linear layers decay.
@@ -57,10 +74,12 @@ class CTRModel(nn.Module):
         """
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
+        placed = set(self.embedding_parameters())
         for module in self.modules():
-            if isinstance(module, EmbeddingTable):
-                continue
             for name, parameter in module.named_parameters(recurse=False):
+                if parameter in placed:  # of a table, or shared with a module before
+                    continue
+                placed.add(parameter)
                 decays = isinstance(module, nn.Linear) and name == "weight"
                 (decayed if decays else kept).append(parameter)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -78,7 +97,7 @@ class LogitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, in_features] -> [B], in the dtype of the weight."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ctr_kernels.checks import HEAD_DIMS, MAX_FIELDS
+from ctr_kernels.checks import MAX_FIELDS, attention_limits
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -24,14 +24,21 @@ def check_dropout(dropout: float, name: str = "dropout") -> None:
         raise ValueError(f"{name}={dropout} is outside [0, 1)")
 
 
-def check_attention(dim: int, num_heads: int, num_tokens: int) -> None:
-    """ValueError where `ctr_kernels.field_attention` could not run; said when the model is built, not at a step."""
+def check_attention(dim: int, num_heads: int, num_tokens: int, kernels: str, *, spare_cls: bool = False) -> None:
+    """ValueError where `ctr_kernels.field_attention` could not run; said when the model is built, not at a step.
+
+    "auto" and "eager" run wherever num_heads divides dim. spare_cls: one token is a CLS that pooling="mean" has not.
+    """
     check_positive(num_heads=num_heads)
-    if dim % num_heads or dim // num_heads not in HEAD_DIMS:
+    if dim % num_heads:
         raise ValueError(f"width {dim} with num_heads={num_heads} gives heads of width {dim / num_heads:g}; "
-                         f"supported are {', '.join(map(str, HEAD_DIMS))}")
-    if num_tokens > MAX_FIELDS:
-        raise ValueError(f"{num_tokens} tokens a row; at most {MAX_FIELDS} are supported")
+                         "num_heads must divide the width")
+    reason = attention_limits(num_tokens, dim, num_heads)
+    if kernels in ("native", "triton") and reason is not None:
+        advice = "kernels='auto' and kernels='eager' take any"
+        if spare_cls and num_tokens == MAX_FIELDS + 1:
+            advice += ", and pooling='mean' has a token less"
+        raise ValueError(f"{num_tokens} tokens of width {dim} with kernels={kernels!r}: {reason}; {advice}")
 
 
 def check_inputs(dense: torch.Tensor, sparse: torch.Tensor, num_dense: int, num_sparse: int) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ctr_kernels import low_rank_cross
+from ctr_kernels import BackendUnavailable, low_rank_cross
 from ctr_kernels.backend import resolve
+from ctr_kernels.cross import cross_limits
+from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
 
 CROSS_LAYERS, CROSS_RANK = 3, 32  # of the baseline study's network
 
@@ -32,7 +34,7 @@ class FullRankCross(nn.Module):
 
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
-        return x0 * self.linear(x) + x
+        return x0 * like_input("linear", self.linear(x), x) + x
 
 
 class LowRankCross(nn.Module):
@@ -48,6 +50,9 @@ class LowRankCross(nn.Module):
         inner: give the experts of a mixture the inner matrices C_k [rank, rank] and tanh.
         kernels: "auto", "eager", "native" or "triton"; for a layer without a gate.
 
+    A layer without a gate is one operation where u and v are what this constructor makes; if they were replaced,
+    hooked or changed otherwise, they are called. A printed layer says which.
+
     NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
     sigmoid, of x): softmax of a Linear with bias here, one for each layer.
 
@@ -59,7 +64,7 @@ class LowRankCross(nn.Module):
         self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False, kernels: str = "auto"
     ) -> None:
         super().__init__()
-        self.num_experts, self.rank, self.kernels = num_experts, rank, kernels
+        self.num_experts, self.width, self.rank, self.kernels = num_experts, width, rank, kernels
         self.u = nn.Linear(width, num_experts * rank, bias=False)
         self.v = nn.Linear(num_experts * rank, width)
         self.gate = nn.Linear(width, num_experts) if num_experts > 1 else None
@@ -69,8 +74,9 @@ class LowRankCross(nn.Module):
 
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
-        if self.gate is None and resolve(self.kernels, x.device, "low_rank_cross", x.dtype) != "eager":
-            return low_rank_cross(x0, x, self.u.weight, self.v.weight, self.v.bias, kernels=self.kernels)
+        if self._why_not_fused(x) is None:
+            weight, bias = weight_and_bias(self.v)
+            return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))
@@ -78,4 +84,26 @@ class LowRankCross(nn.Module):
                 projected = torch.tanh(hidden).unbind(1)
                 hidden = torch.tanh(torch.stack([c(h) for c, h in zip(self.inner, projected, strict=True)], dim=1))
             hidden = (torch.softmax(self.gate(x), dim=-1).unsqueeze(-1) * hidden).flatten(1)
-        return x0 * self.v(hidden) + x
+        return x0 * like_input("v", self.v(hidden), x) + x
+
+    def _why_not_fused(self, x: torch.Tensor) -> str | None:
+        """Why u and v are called for x [B, width]; None: the layer is one operation."""
+        if self.gate is not None:
+            return "experts have no fused operation"
+        if self.kernels == "eager":
+            return "kernels='eager'"
+        u, v = self.u, self.v
+        width, rank = x.shape[-1], out_features(u)
+        reason = plain_linear(u, "u", width, rank, bias=False) or plain_linear(v, "v", rank, width)
+        if reason is not None:  # dtypes and devices that differ are an error in either way
+            return reason
+        backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: cross_limits(of, width, rank))
+        return f"kernels={self.kernels!r} is eager here" if backend == "eager" else None
+
+    def extra_repr(self) -> str:
+        parameter = next(self.parameters(), torch.empty(0))
+        try:
+            reason = self._why_not_fused(parameter.new_empty(0, self.width))
+        except (BackendUnavailable, TypeError, ValueError) as error:
+            reason = str(error)
+        return f"kernels={self.kernels!r}, " + ("fused" if reason is None else f"children are called: {reason}")

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ctr_kernels import TransformerLayer, field_attention
+from ctr_kernels.fusion import like_input
 
 from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
@@ -27,7 +28,7 @@ class FTTransformer(CTRModel):
             "per-field"); see FieldEmbedding.
         dim: width of a token.
         num_dense, num_sparse: number of numeric features and of categorical fields.
-        num_layers, num_heads: None means 2 and 4 (study), 3 and 8 (paper); dim / num_heads is 8, 16, 32 or 64.
+        num_layers, num_heads: None means 2 and 4 (study), 3 and 8 (paper); num_heads divides dim.
         dropout: on attention weights and hidden units of the FFN, and in the study's head; none in eval().
         pooling: "cls" or "mean" (the latter in the study variant only, without a CLS token).
         numeric, numeric_edges: how numeric features become tokens, "token" (one for all, 27 in all for Criteo),
@@ -94,7 +95,7 @@ class FTTransformer(CTRModel):
             embedding_dropout=embedding_dropout,
             field_bias=paper, cls=pooling == "cls", tables=tables, std=embedding_std, kernels=kernels,
         )
-        check_attention(dim, num_heads, self.tokenizer.num_tokens)
+        check_attention(dim, num_heads, self.tokenizer.num_tokens, kernels, spare_cls=pooling == "cls" and not paper)
         if paper:
             self.layers = nn.ModuleList(
                 ReGLUBlock(dim, num_heads, attention_norm=i > 0, cls_only=i == num_layers - 1,
@@ -171,6 +172,6 @@ class ReGLUBlock(nn.Module):
                                    dropout_p=self.dropout if self.training else 0.0, kernels=self.kernels)
         if self.cls_only:
             x, attended = x[:, :1], attended[:, :1]
-        x = x + (attended if self.out is None else self.out(attended))
+        x = x + (attended if self.out is None else like_input("out", self.out(attended), x))
         a, b = self.ffn_in(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.ffn_out(self.ffn_dropout(a * F.relu(b)))
+        return x + like_input("ffn_out", self.ffn_out(self.ffn_dropout(a * F.relu(b))), x)

@@ -1,6 +1,6 @@
 """Numeric features as tokens: one for all of them, or one each by an affine, periodic or piecewise-linear map."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,29 @@ def uniform_vectors(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
-class PiecewiseLinear(nn.Module):
+class Constants(nn.Module):
+    """A module whose buffers stay fp32, or wider, when its parameters are converted to a narrower dtype.
+
+    Edges and moments are numbers of the data. In half precision large ones would overflow and near ones coincide;
+    `model.half()` then trained on other features.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Constants":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and torch.promote_types(new.dtype, torch.float32) != new.dtype:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
+
+def constants_dtype() -> torch.dtype:
+    """fp32, or a wider default dtype."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+class PiecewiseLinear(Constants):
     """Token j = sum_t p_jt W_jt + b_j, with p_jt the share of bin t that lies below x_j (Gorishniy et al. 2022, eq. 1).
 
     Args:
@@ -42,13 +64,13 @@ class PiecewiseLinear(nn.Module):
     def __init__(self, edges: Sequence[Sequence[float]], dim: int) -> None:
         super().__init__()
         bins = max(1, *(len(of) - 1 for of in edges))
-        low, scale = torch.zeros(len(edges), bins), torch.zeros(len(edges), bins)
+        low, scale = (torch.zeros(len(edges), bins, dtype=constants_dtype()) for _ in range(2))
         for j, of in enumerate(edges):
-            steps = torch.tensor(of, dtype=torch.float64).diff()
+            steps = torch.tensor(of, dtype=torch.float64, device="cpu").diff()  # also where the rest is "meta"
             if (steps <= 0).any():
                 raise ValueError(f"numeric_edges[{j}]={list(of)!r} do not increase")
             if len(of) > 1:
-                low[j, :len(of) - 1] = torch.tensor(of[:-1])
+                low[j, :len(of) - 1] = torch.tensor(of[:-1], dtype=torch.float64, device="cpu")
                 scale[j, :len(of) - 1] = 1.0 / steps
         self.register_buffer("low", low)
         self.register_buffer("scale", scale)  # 0 for bins that a feature does not have
@@ -58,7 +80,7 @@ class PiecewiseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, features] -> [B, features, dim]."""
         shares = ((x.unsqueeze(-1) - self.low) * self.scale).clamp(0.0, 1.0)
-        return torch.einsum("bjt,jtd->bjd", shares, self.weight) + self.bias
+        return torch.einsum("bjt,jtd->bjd", shares.to(self.weight.dtype), self.weight) + self.bias
 
 
 class Periodic(nn.Module):
@@ -88,7 +110,7 @@ class Periodic(nn.Module):
         return torch.einsum("bjt,jtd->bjd", waves, self.weight) + self.bias
 
 
-class FieldHistory(nn.Module):
+class FieldHistory(Constants):
     """What a field's token is told of its value's past: sum_s w_js (h_js - m_js) / d_js + b_j.
 
     Args:
@@ -116,7 +138,7 @@ class FieldHistory(nn.Module):
         if [len(of) for of in moments] != [columns, columns]:
             raise ValueError(f"history_moments has lists of {[len(of) for of in moments]} numbers; 2 lists of "
                              f"{columns} are needed")
-        mean, deviation = torch.tensor(moments, dtype=torch.float32)
+        mean, deviation = torch.tensor(moments, dtype=constants_dtype())
         self.register_buffer("mean", mean)
         self.register_buffer("scale", torch.where(deviation > 0.0, 1.0 / deviation, 0.0))
         self.weight = nn.Parameter(torch.randn(num_statistics, num_fields, dim) * 0.1)
@@ -130,5 +152,5 @@ class FieldHistory(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, num_statistics * num_fields] -> [B, num_fields, dim]."""
         statistics, fields, _ = self.weight.shape
-        x = ((x - self.mean) * self.scale).unflatten(1, (statistics, fields))
+        x = ((x - self.mean) * self.scale).to(self.weight.dtype).unflatten(1, (statistics, fields))
         return torch.einsum("bsj,sjd->bjd", x, self.weight) + self.bias

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from ctr_kernels import EmbeddingTable, field_tokens
-from ctr_kernels.backend import on_triton
+from ctr_kernels.backend import BackendUnavailable, on_triton
+from ctr_kernels.fusion import plain_linear, plain_module, plain_parameter
 from ctr_kernels.philox import as_seed
 from ctr_kernels.sparse_update.table import check_ids
+from ctr_kernels.tokenizer import token_limits
 from ctr_kernels.tokenizer.reference import NUMERIC, drop_rows
 
 from .checks import check_choice, check_dropout, check_inputs, check_positive
@@ -39,8 +41,6 @@ class FieldEmbedding(nn.Module):
     torch.Size([1, 3, 8])
     """
 
-    first_row: torch.Tensor  # int64 [num_fields], of per-field tables
-
     def __init__(
         self,
         *,
@@ -62,7 +62,6 @@ class FieldEmbedding(nn.Module):
         if self.rows_per_field < 1:
             raise ValueError(f"num_embeddings={num_embeddings} leaves no row for each of {num_fields} fields")
         self.table = EmbeddingTable(self.rows_per_field * num_fields, dim, std=std, kernels=kernels)
-        self.register_buffer("first_row", torch.arange(num_fields) * self.rows_per_field, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [B, num_fields] -> [B, num_fields, dim]."""
@@ -73,7 +72,9 @@ class FieldEmbedding(nn.Module):
         if self.tables == "per-field":
             if ids.device.type == "cpu":
                 check_ids(ids, self.num_embeddings)  # the modulo would hide an id out of range
-            ids = ids.remainder(self.rows_per_field) + self.first_row
+            # Not a buffer: what no checkpoint holds would be lost by to_empty() and by a construction on "meta".
+            rows = self.table.num_rows
+            ids = ids.remainder(self.rows_per_field) + torch.arange(0, rows, self.rows_per_field, device=ids.device)
         return ids
 
     def extra_repr(self) -> str:
@@ -162,33 +163,68 @@ class FeatureTokenizer(nn.Module):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, width], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
         check_inputs(dense, sparse, self.width, self.num_sparse)
-        table = self.embedding.table
-        dense = dense.to(table.lookup_dtype)
         dropout_p = self.embedding_dropout if self.training else 0.0
-        if self._is_fused():
+        if self._why_not_fused() is None:
+            table = self.embedding.table
+            dense = dense.to(table.lookup_dtype)
             weight, bias = self._numeric_vectors()
             history = None if self.history is None else self.history.parts
             return field_tokens(table.weight, self.embedding.rows(sparse), dense, weight, bias, self.cls,
                                 self.field_bias, numeric=self.dense, history=history, dropout_p=dropout_p,
                                 kernels="triton")
         categorical = self.embedding(sparse)
+        # fp32 at least until edges and moments were subtracted: large numbers do not fit in half precision.
+        dense = dense.to(torch.promote_types(categorical.dtype, torch.float32))
         if dropout_p > 0.0:
             categorical = drop_rows(categorical, dropout_p, as_seed(None, categorical.device))
         if self.history is not None:
             categorical = categorical + self.history(dense[:, self.num_dense:])
         if self.field_bias is not None:
             categorical = categorical + self.field_bias
-        tokens = [self._numeric(dense[:, :self.num_dense]), categorical]
+        tokens = [self._numeric(dense[:, :self.num_dense], categorical.dtype), categorical]
         if self.cls is not None:
             tokens.insert(0, self.cls.expand(dense.shape[0], 1, -1))
         return torch.cat(tokens, dim=1)
 
-    def _is_fused(self) -> bool:
-        """Whether one operation makes the tokens: where Triton runs it, and lookups have the parameters' dtype."""
-        table = self.embedding.table
-        if self.dense not in NUMERIC or self._numeric_vectors()[0].dtype != table.lookup_dtype:
-            return False
-        return on_triton(table.kernels, table.weight.device, "field_tokens", table.lookup_dtype)
+    def _why_not_fused(self) -> str | None:
+        """Why the parts are called, as phrase; None: one operation of Triton's makes the tokens of their parameters."""
+        embedding, history = self.embedding, self.history
+        if self.dense not in NUMERIC:
+            return f"dense={self.dense!r} has no fused operation"
+        reason = plain_module(embedding, "embedding", FieldEmbedding) or plain_module(
+            embedding.table, "embedding.table", EmbeddingTable)
+        if reason is None and not on_triton(embedding.table.kernels, embedding.table.weight.device, "field_tokens",
+                                            embedding.table.lookup_dtype):
+            reason = f"kernels={embedding.table.kernels!r} has no fused operation here"
+        if reason is None and self.dense == "token":
+            reason = plain_linear(self.dense_token, "dense_token", self.num_dense, embedding.table.dim)
+        if reason is None and history is not None:
+            reason = plain_module(history, "history", FieldHistory)
+        if reason is not None:
+            return reason
+        table = embedding.table
+        reason = plain_parameter(table, "embedding.table", "weight", (table.num_rows, table.dim))
+        if reason is not None:
+            return reason
+        dtype, statistics = table.lookup_dtype, 0
+        constants = {"numeric": self._numeric_vectors()[0]}
+        if history is not None:
+            statistics = len(history.weight)
+            constants |= {"history.weight": history.weight, "history.mean": history.mean}
+        for name, tensor in constants.items():
+            if tensor.dtype != dtype:
+                return f"{name} has {tensor.dtype}, lookups {dtype}"
+        if not on_triton(table.kernels, table.weight.device, "field_tokens", dtype,
+                         lambda _: token_limits(table.dim, statistics)):
+            return token_limits(table.dim, statistics)
+        return None
+
+    def extra_repr(self) -> str:
+        try:
+            reason = self._why_not_fused()
+        except (BackendUnavailable, TypeError, ValueError) as error:
+            reason = str(error)
+        return f"dense={self.dense!r}, " + ("fused" if reason is None else f"parts are called: {reason}")
 
     def _numeric_vectors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of "token", "affine" or "scaled"."""
@@ -196,10 +232,13 @@ class FeatureTokenizer(nn.Module):
             return self.dense_token.weight, self.dense_token.bias
         return self.dense_weight, self.dense_bias
 
-    def _numeric(self, dense: torch.Tensor) -> torch.Tensor:
+    def _numeric(self, dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.dense == "piecewise":
+            return self.numeric(dense)
+        dense = dense.to(dtype)
         if self.dense == "token":
             return self.dense_token(dense).unsqueeze(1)
-        if self.dense in ("periodic", "piecewise"):
+        if self.dense == "periodic":
             return self.numeric(dense)
         tokens = dense.unsqueeze(-1) * self.dense_weight  # [B, num_dense, dim]
         return tokens if self.dense_bias is None else tokens + self.dense_bias

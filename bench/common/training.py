@@ -30,7 +30,7 @@ def optimizers_of(model: CTRModel, tables: str, kernels: str) -> list[torch.opti
                 torch.optim.AdamW(model.dense_parameter_groups(WEIGHT_DECAY), lr=1e-3, fused=_on_cuda(model) or None)]
     for module in model.modules():
         if isinstance(module, EmbeddingTable):
-            module.forward = functools.partial(F.embedding, weight=module.weight)
+            module.forward = functools.partial(F.embedding, weight=module.weight)  # type: ignore[method-assign]
     return [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=WEIGHT_DECAY, fused=_on_cuda(model) or None)]
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..backend import resolve
-from ..checks import HEAD_DIMS, MAX_FIELDS, autocast, same_float
+from ..checks import attention_limits, autocast, same_float
 from ..philox import as_seed, check_dropout
 from .native import field_attention_native, field_attention_packed_native
 from .reference import field_attention_reference
@@ -24,8 +24,8 @@ def field_attention(
 
     Args:
         q, k, v: [B, F, D], heads interleaved in D as `nn.Linear` leaves them; any strides, so they may be
-            views of one [B, F, 3D] projection. 0 <= B, 1 <= F <= 64.
-        num_heads: H; D / H must be 8, 16, 32 or 64.
+            views of one [B, F, 3D] projection. 0 <= B, 1 <= F; the fused kernels take F <= 64.
+        num_heads: H, a divisor of D; the fused kernels take D / H = 8, 16, 32 or 64.
         scale: factor on the logits; None means 1 / sqrt(D / H).
         dropout_p: probability of dropping an attention weight, in [0, 1); the mask is `philox.py`'s.
         seed: 64-bit seed of the mask (int, or int64 tensor [1]); None draws one from torch's generator.
@@ -43,7 +43,8 @@ def field_attention(
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
-    backend = resolve(kernels, q.device, "field_attention", q.dtype)
+    backend = resolve(kernels, q.device, "field_attention", q.dtype,
+                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
     if backend == "triton":
         from .triton import field_attention_triton as run
     else:
@@ -68,11 +69,12 @@ def field_attention_packed(
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; [B, F, 3 D] is needed")
     (qkv,) = autocast(qkv)
     q, k, v = qkv.chunk(3, dim=-1)
-    backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype)
+    _check(q, k, v, num_heads)
+    backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype,
+                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
     if backend == "eager":
         return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
-                               kernels=kernels)
-    _check(q, k, v, num_heads)
+                               kernels="eager")
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, qkv.device) if dropout_p > 0.0 else None
     if backend == "triton":
@@ -94,9 +96,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) ->
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, q has {tuple(q.shape)}; they must agree")
     same_float({"q": q, "k": k, "v": v})
     _, fields, dim = q.shape
-    if not 1 <= fields <= MAX_FIELDS:
-        raise ValueError(f"F={fields} fields; 1 to {MAX_FIELDS} are supported")
+    if fields < 1:
+        raise ValueError(f"F={fields} fields; at least 1 is needed")
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"D={dim} is not divisible into num_heads={num_heads}")
-    if dim // num_heads not in HEAD_DIMS:
-        raise ValueError(f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}")

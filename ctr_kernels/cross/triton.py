@@ -27,7 +27,6 @@ from ..library import LIBRARY, no_double_backward
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, arithmetic_of, capability, dot, input_precision, register
 
-MAX_RANK = 64
 Tensor = torch.Tensor
 
 
@@ -249,10 +248,6 @@ no_double_backward("ctr::low_rank_cross_triton_backward")
 
 def low_rank_cross_triton(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """[B, W], fp32, bf16 or fp16 -> [B, W]; the inputs are all that backward keeps."""
-    if len(u) > MAX_RANK:
-        raise ValueError(f"R={len(u)}; kernels='triton' takes up to {MAX_RANK}, kernels='eager' any")
-    if u.numel() > 2**29:
-        raise ValueError(f"R W = {u.numel()}; kernels='triton' takes up to 2^29, kernels='eager' any")
     return torch.ops.ctr.low_rank_cross_triton(*(t.contiguous() for t in (x0, x, u, v, bias)))
 
 

@@ -27,10 +27,14 @@ def ffn_reference(
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
     """dropout(act(x w1^T + b1)) w2^T + b2, [..., D] -> [..., D]. Keeps the hidden; fused backends must not."""
-    hidden = ACTIVATIONS[activation](F.linear(x, w1, b1))
+    return F.linear(activate(F.linear(x, w1, b1), activation, dropout_p, seed), w2, b2)
+
+
+def activate(hidden: torch.Tensor, activation: str, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """dropout(act(hidden)), [..., hidden] -> the same shape."""
+    hidden = ACTIVATIONS[activation](hidden)
     if dropout_p > 0.0:
-        rows = x.numel() // max(1, x.shape[-1])
         assert seed is not None
-        mask = dropout_mask(rows, w1.shape[0], dropout_p, seed)
+        mask = dropout_mask(hidden.shape[:-1].numel(), hidden.shape[-1], dropout_p, seed)
         hidden = hidden * mask.view_as(hidden) / (1.0 - dropout_p)
-    return F.linear(hidden, w2, b2)
+    return hidden

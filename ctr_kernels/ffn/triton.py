@@ -44,9 +44,6 @@ from .reference import ACTIVATIONS
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
 from .triton_tiles import CANDIDATES, TILES, Tile, table_key, tiles_for
 
-MAX_DIM = 128
-MAX_HIDDEN = 2**21  # offsets into the weights and their partial sums, up to 2^29, are 32 bits wide; into tokens, 64
-
 Tensor = torch.Tensor
 
 
@@ -206,10 +203,6 @@ def _apply(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
            norms: tuple[Tensor | None, Tensor | None, int, float], activation: str, dropout_p: float,
            seed: Tensor | None) -> Tensor:
     dim = x.shape[-1]
-    if dim > MAX_DIM:
-        raise ValueError(f"D={dim}; kernels='triton' takes up to {MAX_DIM}, kernels='eager' any")
-    if len(w1) > MAX_HIDDEN:
-        raise ValueError(f"hidden={len(w1)}; kernels='triton' takes up to {MAX_HIDDEN}, kernels='eager' any")
     tensors = (t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2))
     index = list(ACTIVATIONS).index(activation)
     return torch.ops.ctr.ffn_triton(*tensors, *norms, index, dropout_p, seed)[0].view(x.shape)

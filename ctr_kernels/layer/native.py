@@ -8,40 +8,61 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checks import HEAD_DIMS, MAX_FIELDS
+from ..checks import attention_limits
+from ..ffn import ffn_limits
 from ..ffn.reference import ACTIVATIONS
+from ..fusion import weight_and_bias
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
+from .halves import attention_half, ffn_half, hidden_width
 
 if TYPE_CHECKING:
     from . import TransformerLayer
 
 
-def takes_blocks(layer: "TransformerLayer", x: torch.Tensor) -> bool:
-    """Whether the native operators do this layer: fp32 throughout, widths that they know, weights as they come."""
-    dim = layer.qkv.in_features
-    shape = x.dim() == 3 and x.shape[2] == dim and dim % 16 == 0 and 1 <= x.shape[1] <= MAX_FIELDS
-    heads = dim % layer.num_heads == 0 and dim // layer.num_heads in HEAD_DIMS and layer.ffn_in.out_features % 8 == 0
-    plain = all(p.dtype == torch.float32 and p.is_contiguous() for p in layer.parameters())
-    return shape and heads and plain and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+def why_attention_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
+    """Why `ctr::attention_block` does not do the attention half of this layer on x [B, F, D], or None."""
+    reason = _limits(x) or attention_limits(x.shape[1], x.shape[2], layer.num_heads)
+    return reason or attention_half(layer, x, "attention_norm" if layer.norm == "pre" else None, x.dtype)
 
 
-def layer_native(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """The layer's forward, [B, F, D] -> [B, F, D], in two operators and, for post-norm, a LayerNorm at the end."""
-    seeds = [as_seed(None, x.device) if dropout_p > 0.0 else None for _ in range(2)]
-    pre, scale = layer.norm == "pre", (x.shape[2] // layer.num_heads) ** -0.5
-    first = layer.attention_norm
-    norm = (first.weight, first.bias, first.eps) if pre else (None, None, 0.0)
-    x, _, _ = torch.ops.ctr.attention_block(x.contiguous(), *norm, layer.qkv.weight, layer.qkv.bias, layer.out.weight,
-                                            layer.out.bias, layer.num_heads, scale, dropout_p, seeds[0])
-    second = layer.ffn_norm if pre else first
-    out: torch.Tensor = torch.ops.ctr.ffn_block(x.view(-1, x.shape[2]), second.weight, second.bias, second.eps, not pre,
-                                  layer.ffn_in.weight, layer.ffn_in.bias, layer.ffn_out.weight, layer.ffn_out.bias,
-                                  list(ACTIVATIONS).index(layer.activation), dropout_p, seeds[1]).view(x.shape)
-    if pre:
-        return out
-    normed: torch.Tensor = layer.ffn_norm(out)
-    return normed
+def why_ffn_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
+    """Why `ctr::ffn_block` does not do the FFN half of this layer on x [B, F, D]; None if it does.
+
+    Post-norm, the block is n + ffn(n) of n = attention_norm(x), and ffn_norm is called.
+    """
+    reason = _limits(x) or ffn_half(layer, x, "ffn_norm" if layer.norm == "pre" else "attention_norm", x.dtype)
+    return reason or ffn_limits("native", x.shape[2], hidden_width(layer))
+
+
+def _limits(x: torch.Tensor) -> str | None:
+    if x.dtype != torch.float32:
+        return f"the fused half computes in torch.float32, not {x.dtype}"
+    if torch.is_autocast_enabled("cpu"):
+        return "under autocast linear layers have another dtype than norms"
+    return f"D={x.shape[2]}; a multiple of 16 is needed" if x.shape[2] % 16 else None
+
+
+def fused_attention(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """x + attention(LN(x)) of pre-norm, x + attention(x) of post-norm: [B, F, D] -> [B, F, D]."""
+    seed = as_seed(None, x.device) if dropout_p > 0.0 else None
+    first, scale = layer.attention_norm, (x.shape[2] // layer.num_heads) ** -0.5
+    norm = (*weight_and_bias(first), first.eps) if layer.norm == "pre" else (None, None, 0.0)
+    out: torch.Tensor = torch.ops.ctr.attention_block(
+        x.contiguous(), *norm, *weight_and_bias(layer.qkv), *weight_and_bias(layer.out), layer.num_heads, scale,
+        dropout_p, seed)[0]
+    return out
+
+
+def fused_ffn(layer: "TransformerLayer", x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """x + ffn(LN(x)) of pre-norm, n + ffn(n) with n = LN(x) of post-norm: [B, F, D] -> [B, F, D]."""
+    seed, pre = as_seed(None, x.device) if dropout_p > 0.0 else None, layer.norm == "pre"
+    norm = layer.ffn_norm if pre else layer.attention_norm
+    out: torch.Tensor = torch.ops.ctr.ffn_block(
+        x.reshape(-1, x.shape[2]).contiguous(), *weight_and_bias(norm), norm.eps, not pre,
+        *weight_and_bias(layer.ffn_in), *weight_and_bias(layer.ffn_out), list(ACTIVATIONS).index(layer.activation),
+        dropout_p, seed)
+    return out.view(x.shape)
 
 
 def _fake_attention(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:

@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import triton
 
-from ..attention import _check as check_attention
 from ..attention.triton import _backward as attention_backward
 from ..attention.triton import _forward as attention_forward
-from ..checks import autocast, same_float
+from ..checks import attention_limits, autocast, same_float
+from ..ffn import ffn_limits
 from ..ffn.triton import ffn_block_triton
 from ..library import LIBRARY, no_double_backward
 from ..philox import as_seed
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_norm import NORMS
 from ..triton_support import CAPABILITIES, Spec, architecture, arithmetic_of, capability, input_precision, register
+from .halves import attention_half, ffn_half, hidden_width
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
 
 if TYPE_CHECKING:
@@ -209,19 +210,45 @@ torch.library.register_autograd("ctr::attention_block_triton", _grads, setup_con
 no_double_backward("ctr::attention_block_triton_backward")
 
 
-def layer_triton(layer: "TransformerLayer", x: Tensor) -> Tensor:
-    """`layer(x)`, [B, F, D] -> [B, F, D], D <= MAX_DIM: products in the dtype of autocast or x, norms and sums fp32."""
-    check_attention(x, x, x, layer.num_heads)
+def why_attention_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
+    """Why the kernels do not do the attention half of this layer on x [B, F, D]; None if they do."""
+    reason = _limits(x) or attention_limits(x.shape[1], x.shape[2], layer.num_heads)
+    return reason or attention_half(layer, x, "attention_norm")
+
+
+def why_ffn_is_not_fused(layer: "TransformerLayer", x: torch.Tensor) -> str | None:
+    """Why the kernels do not do the FFN half of this layer on x [B, F, D]; None if they do."""
+    return _limits(x) or ffn_half(layer, x, "ffn_norm") or ffn_limits("triton", x.shape[2], hidden_width(layer))
+
+
+def _limits(x: Tensor) -> str | None:
+    return f"D={x.shape[2]}; the fused half takes up to {MAX_DIM}" if x.shape[2] > MAX_DIM else None
+
+
+def fused_attention(layer: "TransformerLayer", x: Tensor, dropout_p: float) -> Tensor:
+    """x + attention(LN(x)) or LN(x + attention(x)), [B, F, D] -> [B, F, D], D <= MAX_DIM.
+
+    Products are computed in the dtype of autocast or x, norms and sums in fp32.
+    """
+    _check_dtype(x, layer.qkv.weight)
+    seed = as_seed(None, x.device) if dropout_p > 0.0 else None
+    qkv, out, norm = (autocast(layer.qkv.weight, layer.qkv.bias), autocast(layer.out.weight, layer.out.bias),
+                      layer.attention_norm)
+    return torch.ops.ctr.attention_block_triton(x.contiguous(), norm.weight, norm.bias, *qkv, *out, NORMS[layer.norm],
+                                                norm.eps, layer.num_heads, dropout_p, seed)[0]
+
+
+def fused_ffn(layer: "TransformerLayer", x: Tensor, dropout_p: float) -> Tensor:
+    """x + ffn(LN(x)) or LN(x + ffn(x)), [B, F, D] -> [B, F, D], D <= MAX_DIM."""
+    _check_dtype(x, layer.ffn_in.weight)
+    seed = as_seed(None, x.device) if dropout_p > 0.0 else None
+    first, last = (autocast(linear.weight, linear.bias) for linear in (layer.ffn_in, layer.ffn_out))
+    return ffn_block_triton(x, *first, *last, layer.norm, layer.ffn_norm, layer.activation, dropout_p, seed)
+
+
+def _check_dtype(x: Tensor, weight: Tensor) -> None:
     if not torch.is_autocast_enabled(x.device.type):
-        same_float({"x": x, "the layer's weight": layer.qkv.weight})
-    dropout_p = layer.dropout if layer.training else 0.0
-    seeds = [as_seed(None, x.device) if dropout_p > 0.0 else None for _ in range(2)]
-    qkv, out, first, last = (
-        autocast(linear.weight, linear.bias) for linear in (layer.qkv, layer.out, layer.ffn_in, layer.ffn_out))
-    norm = layer.attention_norm
-    x = torch.ops.ctr.attention_block_triton(x.contiguous(), norm.weight, norm.bias, *qkv, *out, NORMS[layer.norm],
-                                             norm.eps, layer.num_heads, dropout_p, seeds[0])[0]
-    return ffn_block_triton(x, *first, *last, layer.norm, layer.ffn_norm, layer.activation, dropout_p, seeds[1])
+        same_float({"x": x, "the layer's weight": weight})
 
 
 def aot_specs() -> list[Spec]:

@@ -1,12 +1,13 @@
 """The embedding table: a module whose gradient is (ids, rows), never a table-sized tensor."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..backend import CHOICES, resolve
+from ..backend import CHOICES, inside_torch_func, resolve
 from ..library import NATIVE_ABSENT
 from .native import first_bad_id_native, lookup_native, use_huge_pages_native
 from .plan import Plan, row_gradient, start_plan
@@ -32,10 +33,24 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(ids, weight).to(dtype)  # triton, too: little is left to gain (see triton.py)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
-        return row_gradient(indices, ctx.plan, grad.reshape(-1, ctx.table[1]), ctx.table), *[None] * 5
+        function = _RowGradient.apply if torch.is_grad_enabled() else row_gradient  # create_graph=True, or not
+        return function(indices, ctx.plan, grad.reshape(-1, ctx.table[1]), ctx.table), *[None] * 5
+
+
+class _RowGradient(torch.autograd.Function):
+    """`row_gradient` in a graph of gradients: without this its derivative would be an error of PyTorch's own words."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: torch.Tensor, plan: Plan | None, rows: torch.Tensor,
+                table: torch.Size) -> torch.Tensor:
+        return row_gradient(indices, plan, rows, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError("the gradient of a lookup has no derivative: double backward needs kernels='eager', "
+                           "and a table whose lookups have its own dtype")
 
 
 class EmbeddingTable(nn.Module):
@@ -44,7 +59,8 @@ class EmbeddingTable(nn.Module):
     Args:
         num_rows, dim: size of the table.
         std: standard deviation of the normal initialisation of `weight`.
-        dtype: of the table. bf16 halves its memory; the sparse optimizers then round stochastically.
+        device, dtype: of the table, as in `nn.Embedding`. bf16 halves its memory; the sparse optimizers then round
+            stochastically.
         output_dtype: of what a lookup gives, and of the gradient's rows; None: `dtype`.
         kernels: "auto", "eager", "native" or "triton".
 
@@ -58,17 +74,19 @@ class EmbeddingTable(nn.Module):
     torch.float32
     """
 
-    def __init__(self, num_rows: int, dim: int, *, std: float = 0.01, dtype: torch.dtype = torch.float32,
-                 output_dtype: torch.dtype | None = None, kernels: str = "auto") -> None:
+    def __init__(self, num_rows: int, dim: int, *, std: float = 0.01, dtype: torch.dtype | None = None,
+                 output_dtype: torch.dtype | None = None, kernels: str = "auto",
+                 device: torch.device | str | None = None) -> None:
         super().__init__()
         if num_rows < 1 or dim < 1:
             raise ValueError(f"num_rows={num_rows}, dim={dim}: both must be at least 1")
         if kernels not in CHOICES:
             raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
+        dtype = dtype or torch.get_default_dtype()
         if output_dtype not in (None, dtype, torch.float32):
             raise TypeError(f"output_dtype={output_dtype}: a table of {dtype} gives that or torch.float32")
         self.num_rows, self.dim, self.kernels, self.output_dtype = num_rows, dim, kernels, output_dtype
-        self.weight = nn.Parameter(_new_memory(torch.empty(num_rows, dim, dtype=dtype)))
+        self.weight = nn.Parameter(_new_memory(torch.empty(num_rows, dim, dtype=dtype, device=device)))
         nn.init.normal_(self.weight, std=std)
 
     @property
@@ -81,11 +99,35 @@ class EmbeddingTable(nn.Module):
         self.output_dtype = self.lookup_dtype
         self.weight.data = _new_memory(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight.detach())
 
-    @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "EmbeddingTable":
+        """`.double()`, `.to(dtype)` and the like convert what lookups give as they do the parameters."""
+        lookups = fn(torch.empty(0, dtype=self.lookup_dtype, device=self.weight.device)).dtype
+        super()._apply(fn, recurse)
+        self.output_dtype = None if lookups == self.weight.dtype else lookups
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # not a key: state_dicts without it load as well
+            metadata["output_dtype"] = self.output_dtype
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
+                              *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        if local_metadata.get("assign_to_params_buffers") and "output_dtype" in local_metadata:
+            self.output_dtype = local_metadata["output_dtype"]  # the table has the dtype that it had there, too
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [...] -> [..., dim]."""
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids have dtype {ids.dtype}; int32 or int64 is needed")
+        if inside_export():  # a graph for inference, which needs no sparse gradient
+            return F.embedding(ids, self.weight).to(self.lookup_dtype)
+        return self._lookup(ids)
+
+    @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
         if ids.device.type == "cpu" and backend != "native":
@@ -98,7 +140,10 @@ class EmbeddingTable(nn.Module):
 
 def lookup(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
     """weight[ids] in `dtype`, [..., dim], by a backend that was resolved; the gradient's rows have that dtype, too."""
+    if inside_torch_func():
+        return F.embedding(ids, weight).to(dtype)  # vmap has no sparse tensors: the gradient is dense
     if backend == "eager" and dtype == weight.dtype:
+        wants_rows(weight, dtype)
         return F.embedding(ids, weight, sparse=True)
     indices = ids.reshape(1, -1).long()
     trains = wants_rows(weight, dtype)
@@ -109,9 +154,14 @@ def lookup(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, backend:
 def wants_rows(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a lookup in `weight` will have a gradient; its rows may then be of `dtype`, whatever the table's."""
     trains = weight.requires_grad and torch.is_grad_enabled()
-    if trains and dtype != weight.dtype and weight.grad_dtype != dtype:
-        weight.grad_dtype = dtype  # or autograd would round the rows to the table's dtype
+    if trains and weight.is_leaf and weight.grad_dtype != dtype:
+        weight.grad_dtype = dtype  # or autograd would round the rows to another dtype
     return trains
+
+
+def inside_export() -> bool:
+    """Whether torch.export or torch.jit.trace records a graph: values of tensors cannot be looked at."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _new_memory(table: torch.Tensor) -> torch.Tensor:
@@ -123,7 +173,7 @@ def _new_memory(table: torch.Tensor) -> torch.Tensor:
 
 def check_ids(ids: torch.Tensor, num_rows: int) -> None:
     """IndexError that names the first id outside [0, num_rows), its position and the size of the table."""
-    if ids.numel() == 0:
+    if inside_export() or inside_torch_func() or ids.numel() == 0:
         return
     if NATIVE_ABSENT is None and ids.device.type == "cpu":
         first = first_bad_id_native(ids, num_rows)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from ..checks import without_autocast
 from ..philox import dropout_mask
 from ..sparse_update.table import lookup
 
@@ -34,7 +35,7 @@ def field_tokens_reference(
     seed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """CLS | numeric tokens | a token for each field, [B, T, D]; the gradient of weight is sparse."""
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         categorical = lookup(weight, ids, dense_weight.dtype, "eager")
         if dropout_p > 0.0:
             assert seed is not None

@@ -35,10 +35,10 @@ from ..sparse_update.plan import Plan, row_gradient, start_plan
 from ..sparse_update.table import wants_rows
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
+from . import TRITON_MAX_TILE
 from .reference import History
 from .triton_kernels import backward_kernel, forward_kernel
 
-MAX_TILE = 16384  # elements that a program holds at once, those of its sums included
 PROGRAMS = 4  # of the backward a multiprocessor
 Tensor = torch.Tensor
 
@@ -74,10 +74,6 @@ def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, cc: int) -> Key:
     """(operation, kernel, fields or features and elements of a token, both rounded up to powers of 2, statistics,
     arithmetic, architecture)."""
     block_d = max(16, triton.next_power_of_2(sizes.D))
-    if block_d * (2 + sizes.S) > MAX_TILE:
-        raise ValueError(f"D={sizes.D} with {sizes.S} statistics of a field: kernels='triton' takes up to {MAX_TILE} "
-                         "elements of a token, its gradient and those of its statistics' vectors, D rounded up to a "
-                         "power of 2; kernels='eager' takes any")
     tokens = triton.next_power_of_2(max(sizes.K, sizes.CLS + sizes.N))
     return "tokenizer", kernel, tokens, block_d, sizes.S, "fp32" if dtype == torch.float32 else "half", architecture(cc)
 
@@ -91,12 +87,12 @@ def _default(key: Key) -> Launch:
 
 
 def _candidates(key: Key) -> Iterator[Launch]:
-    """What a search tries: not more than MAX_TILE elements at once."""
+    """What a search tries: not more than TRITON_MAX_TILE elements at once."""
     _, kernel, tokens, block_d, statistics, *_ = key
     sums = 1 + statistics if kernel == "backward" else 0
     slices = sorted({min(tokens, slice_tokens) for slice_tokens in (4, 8, 16, 32)})
     for launch in itertools.starmap(Launch, itertools.product(slices, (1, 2, 4, 8, 16), (2, 4, 8))):
-        if launch.tokens * (launch.samples + sums) * block_d <= MAX_TILE:
+        if launch.tokens * (launch.samples + sums) * block_d <= TRITON_MAX_TILE:
             yield launch
 
 

@@ -35,11 +35,9 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     (x(2, 64), x(2, 64), x(2, 64), 4, r"q has shape \(2, 64\)"),
     (x(2, 5, 64), x(2, 6, 64), x(2, 5, 64), 4, r"k has shape \(2, 6, 64\)"),
     (x(2, 5, 64), x(2, 5, 64), x(1, 5, 64), 4, r"v has shape \(1, 5, 64\)"),
-    (x(2, 65, 64), x(2, 65, 64), x(2, 65, 64), 4, "F=65 fields; 1 to 64"),
     (x(2, 0, 64), x(2, 0, 64), x(2, 0, 64), 4, "F=0 fields"),
     (x(2, 5, 64), x(2, 5, 64), x(2, 5, 64), 5, "D=64 is not divisible into num_heads=5"),
     (x(2, 5, 64), x(2, 5, 64), x(2, 5, 64), 0, "num_heads=0"),
-    (x(2, 5, 48), x(2, 5, 48), x(2, 5, 48), 4, "D / num_heads = 12"),
 ])
 def test_attention_refuses_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, error: str,
                                   kernels: str) -> None:
@@ -78,8 +76,6 @@ def test_ffn_refuses_shapes(changed: dict[int, tuple[int, ...]], error: str, ker
 
 def test_ffn_refuses_dtypes_and_settings() -> None:
     inputs = [x(3, 8), x(12, 8), x(12), x(8, 12), x(8)]
-    with pytest.raises(ValueError, match="hidden=12; a positive multiple of 8"):
-        ffn(*inputs)
     with pytest.raises(ValueError, match="activation='swish'"):
         ffn(*inputs, activation="swish")
     with pytest.raises(TypeError, match="w1 has dtype"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import SEED, check
+from torch import nn
 from torch.nn import functional as F
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
@@ -23,7 +24,7 @@ EPS = 1e-5
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 16)
+    run_in_the_interpreter(__file__, 29)
 
 
 def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -109,6 +110,52 @@ def test_a_layer_has_the_result_of_its_composition(norm: str) -> None:
         layers[0](torch.zeros(1, 65, 32))
     with pytest.raises(TypeError, match="the layer's weight has dtype torch.float32, x has torch.float16"):
         layers[0](torch.zeros(1, 2, 32, dtype=torch.float16))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+CHANGED = {
+    "attention_norm": lambda layer: setattr(layer, "attention_norm", nn.LayerNorm(32, elementwise_affine=False)),
+    "qkv": lambda layer: layer.qkv.register_forward_hook(lambda _, __, out: out * 2.0),
+    "out": lambda layer: setattr(layer, "out", nn.Linear(32, 32, bias=False)),
+    "ffn_norm": lambda layer: setattr(layer, "ffn_norm", nn.RMSNorm(32)),
+    "ffn_in": lambda layer: setattr(layer, "ffn_in", Doubled(32, 64)),
+    "ffn_out": lambda layer: layer.ffn_out.register_full_backward_pre_hook(lambda _, grads: (grads[0] * 3.0,)),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_changed_children_are_called_and_the_other_half_is_fused(name: str, norm: str,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    results, calls = [], []
+    for function in ("fused_attention", "fused_ffn"):
+        run = getattr(kernels, function)
+        monkeypatch.setattr(kernels, function, lambda *of, _f=run, _n=function: (calls.append(_n), _f(*of))[1])
+    for backend in ("triton", "eager"):
+        torch.manual_seed(5)
+        layer = TransformerLayer(32, 2, 64, norm=norm, dropout=0.3, kernels=backend)
+        CHANGED[name](layer)
+        x = torch.randn(2, 3, 32, requires_grad=True)
+        out = layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    attention_half = name in ("attention_norm", "qkv", "out")
+    assert calls == ["fused_ffn" if attention_half else "fused_attention"]
+
+
+@interpreted
+def test_a_compiled_layer_finds_its_backend() -> None:
+    layer, x = TransformerLayer(32, 2, 64, kernels="triton"), torch.randn(1, 3, 32)
+    assert repr(layer).count("fused (triton)") == 2
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    wide = TransformerLayer(128, 2, 64, kernels="triton")
+    assert repr(wide).count("children are called: D=128; the fused half takes up to 64") == 2
 
 
 @interpreted

@@ -67,7 +67,9 @@ def test_defaults_of_the_variants():
 def test_bad_settings_are_quoted():
     with pytest.raises(ValueError, match="attention_dim=32: variant='study' keeps the width dim=64"):
         AutoInt(num_embeddings=100, attention_dim=32)
-    with pytest.raises(ValueError, match="width 24 with num_heads=2 gives heads of width 12"):
-        AutoInt(num_embeddings=100, variant="paper", attention_dim=24)
+    with pytest.raises(ValueError, match="width 24 with num_heads=5 gives heads of width 4.8"):
+        AutoInt(num_embeddings=100, variant="paper", attention_dim=24, num_heads=5)
+    with pytest.raises(ValueError, match=r"D / num_heads = 12; supported are 8, 16, 32, 64; kernels='auto'"):
+        AutoInt(num_embeddings=100, variant="paper", attention_dim=24, kernels="native")
     with pytest.raises(ValueError, match="variant=''"):
         AutoInt(num_embeddings=100, variant="")

@@ -1,0 +1,208 @@
+"""Cross layers and tokens are fused only from parts that are what the kernels compute; other parts are called."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from ctr_kernels import field_tokens
+from ctr_kernels.library import NATIVE_ABSENT
+from ctr_models import AutoInt, DCNv2, FTTransformer
+from ctr_models import tokenizer as tokenizer_module
+from ctr_models.cross import FullRankCross, LowRankCross
+from ctr_models.numeric import FieldHistory
+from ctr_models.tokenizer import FeatureTokenizer, FieldEmbedding
+
+needs_native = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=f"native: {NATIVE_ABSENT}")
+
+
+class LoRA(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def hook(module):
+    module.register_forward_hook(lambda _, __, out: 3.0 * out)
+
+
+CROSS = {
+    "LoRA of u": lambda layer: setattr(layer, "u", LoRA(layer.u)),
+    "LoRA of v": lambda layer: setattr(layer, "v", LoRA(layer.v)),
+    "subclass": lambda layer: setattr(layer, "v", Doubled(8, 40)),
+    "v without bias": lambda layer: setattr(layer, "v", nn.Linear(8, 40, bias=False)),
+    "u with bias": lambda layer: setattr(layer, "u", nn.Linear(40, 8)),
+    "hook": lambda layer: hook(layer.u),
+    "backward hook": lambda layer: layer.v.register_full_backward_hook(lambda _, grads, __: (grads[0] * 3.0,)),
+    "pruned": lambda layer: prune.l1_unstructured(layer.v, "weight", 0.5),
+    "weight norm": lambda layer: parametrizations.weight_norm(layer.u),
+    "weight norm of old": lambda layer: torch.nn.utils.weight_norm(layer.u),
+    "another rank": lambda layer: (setattr(layer, "u", nn.Linear(40, 5, bias=False)),
+                                   setattr(layer, "v", nn.Linear(5, 40))),
+    "MLP": lambda layer: setattr(layer, "v", nn.Sequential(nn.ReLU(), nn.Linear(8, 40))),
+    "frozen": lambda layer: layer.u.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+@pytest.mark.parametrize("surgery", CROSS)
+def test_a_cross_layer_calls_what_was_changed(surgery, kernels):
+    torch.manual_seed(0)
+    layer = LowRankCross(40, 8, kernels=kernels)
+    CROSS[surgery](layer)
+    for step in range(2):  # what computes its weight keeps a graph over the first step if it is not called
+        torch.manual_seed(step)
+        x0, x = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40, requires_grad=True)
+        leaves = [x0, x, *(p for p in layer.parameters() if p.requires_grad)]
+        results = []
+        for out in (layer(x0, x), x0 * layer.v(layer.u(x)) + x):
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)])
+        for found, expected in zip(*results, strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_a_printed_cross_layer_says_whether_it_is_fused():
+    layer = LowRankCross(40, 8)
+    assert "kernels='auto', fused" in repr(layer)
+    layer.u = nn.Linear(40, 5, bias=False)
+    assert "children are called: v.weight has shape (40, 8), not (40, 5)" in repr(layer)
+    hook(layer.u)
+    assert "children are called: u has a forward hook" in repr(layer)
+    assert "experts have no fused operation" in repr(LowRankCross(40, 8, num_experts=2))
+    assert "kernels='eager'" in repr(LowRankCross(40, 8, kernels="eager"))
+    assert "cannot run" in repr(LowRankCross(40, 8, kernels="triton"))
+
+
+def test_a_part_of_a_wrong_width_is_named():
+    x = torch.randn(3, 40)
+    layers = [LowRankCross(40, 8), FullRankCross(40)]
+    layers[0].v, layers[1].linear = nn.Linear(8, 1), nn.Linear(40, 1)
+    for layer, name in zip(layers, ("v", "linear"), strict=True):
+        with pytest.raises(ValueError, match=rf"{name} gave \(3, 1\) where \(3, 40\) is needed"):
+            layer(x, x)
+    paper = FTTransformer(num_embeddings=100, variant="paper", dim=16, num_heads=2)
+    paper.layers[0].ffn_out = nn.Linear(21, 1)
+    with pytest.raises(ValueError, match=r"ffn_out gave \(2, 40, 1\)"):
+        paper(torch.rand(2, 13), torch.randint(100, (2, 26)))
+
+
+class WithoutRows(FieldEmbedding):
+    def forward(self, ids):
+        return torch.zeros_like(super().forward(ids))
+
+
+class Twice(FieldHistory):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+TOKENS = {
+    "LoRA": lambda t: setattr(t, "dense_token", LoRA(t.dense_token)),
+    "subclass": lambda t: setattr(t, "dense_token", Doubled(13, 8)),
+    "no bias": lambda t: setattr(t, "dense_token", nn.Linear(13, 8, bias=False)),
+    "hook": lambda t: hook(t.dense_token),
+    "hook of the embedding": lambda t: hook(t.embedding),
+    "hook of the table": lambda t: hook(t.embedding.table),
+    "hook of the history": lambda t: hook(t.history),
+    "subclass of the embedding": lambda t: setattr(t, "embedding", WithoutRows(num_embeddings=1000, dim=8,
+                                                                               num_fields=26)),
+    "subclass of the history": lambda t: setattr(t, "history", Twice(1, 26, 8)),
+    "plain embedding": lambda t: setattr(t, "embedding", nn.Embedding(1000, 8)),
+    "pruned": lambda t: prune.l1_unstructured(t.dense_token, "weight", 0.5),
+    "pruned history": lambda t: prune.l1_unstructured(t.history, "weight", 0.5),
+    "weight norm": lambda t: parametrizations.weight_norm(t.dense_token),
+}
+
+
+@pytest.mark.parametrize("surgery", TOKENS)
+def test_fused_tokens_are_made_of_unchanged_parts(make_batch, monkeypatch, surgery):
+    """As where Triton serves; the operation must not be called for parts that it does not know."""
+    tokenizer = FeatureTokenizer(num_embeddings=1000, dim=8, history=1)
+    TOKENS[surgery](tokenizer)
+    batch = make_batch(4, num_dense=39)
+    expected = tokenizer(*batch)
+    monkeypatch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+    monkeypatch.setattr(tokenizer_module, "field_tokens", None)
+    torch.testing.assert_close(tokenizer(*batch), expected)
+
+
+def test_unchanged_parts_are_fused_and_a_printed_tokenizer_says_so(make_batch, monkeypatch):
+    calls = []
+    tokenizer = FeatureTokenizer(num_embeddings=1000, dim=8, history=1)
+    batch = make_batch(4, num_dense=39)
+    expected = tokenizer(*batch)
+    assert "parts are called: kernels='auto' has no fused operation here" in repr(tokenizer)
+    monkeypatch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+    monkeypatch.setattr(tokenizer_module, "field_tokens", lambda *tensors, kernels, **options: (
+        calls.append(kernels), field_tokens(*tensors, **options, kernels="eager"))[1])
+    assert "dense='token', fused" in repr(tokenizer)
+    torch.testing.assert_close(tokenizer(*batch), expected)
+    assert calls == ["triton"]
+    hook(tokenizer.embedding.table)
+    assert "parts are called: embedding.table has a forward hook" in repr(tokenizer)
+    periodic = FeatureTokenizer(num_embeddings=1000, dim=8, dense="periodic")
+    assert "parts are called: dense='periodic' has no fused operation" in repr(periodic)
+    half = FeatureTokenizer(num_embeddings=1000, dim=8, history=1).half()
+    assert "parts are called: history.mean has torch.float32, lookups torch.float16" in repr(half)
+
+
+@pytest.mark.parametrize(("model_class", "settings"), [
+    (FTTransformer, {"num_dense": 39, "numeric": "affine"}), (AutoInt, {"num_dense": 39, "numeric": "affine"}),
+    (FTTransformer, {"dim": 48, "num_heads": 2}), (AutoInt, {"dim": 10, "num_heads": 5}),
+    (FTTransformer, {"variant": "paper", "num_dense": 50}), (AutoInt, {"variant": "paper", "attention_dim": 24})])
+def test_models_of_any_size_run_and_a_chosen_backend_says_why_not(make_batch, model_class, settings):
+    batch = make_batch(2, num_dense=settings.get("num_dense", 13))
+    outs = []
+    for kernels in ("auto", "eager"):
+        torch.manual_seed(0)
+        outs.append(model_class(num_embeddings=1000, kernels=kernels, **settings).eval()(*batch))
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    for kernels in ("native", "triton"):
+        with pytest.raises(ValueError, match=rf"tokens of width \d+ with kernels='{kernels}': .*'eager' take any"):
+            model_class(num_embeddings=1000, kernels=kernels, **settings)
+
+
+def test_65_tokens_are_told_of_the_mean():
+    settings = {"num_embeddings": 1000, "num_dense": 38, "numeric": "affine", "kernels": "native"}
+    with pytest.raises(ValueError, match="F=65 fields; .* and pooling='mean' has a token less"):
+        FTTransformer(**settings)
+    FTTransformer(**settings, pooling="mean")
+    with pytest.raises(ValueError, match="take any$"):  # CLS is what the paper's variant reads
+        FTTransformer(**settings, variant="paper")
+    with pytest.raises(ValueError, match="F=66 fields; .* take any$"):  # 65 would not fit either
+        FTTransformer(**{**settings, "num_dense": 39})
+
+
+def test_logits_are_not_scaled_in_a_layer_that_would_lose_it():
+    for change in (parametrizations.weight_norm, hook, lambda head: prune.l1_unstructured(head, "weight", 0.5)):
+        model = DCNv2(num_embeddings=100)
+        change(model.head)
+        for act in (model.scale_logits, model.shift_logits):
+            with pytest.raises(ValueError, match="in a layer that was changed: head "):
+                act(0.5)
+    model = DCNv2(num_embeddings=100)
+    model.head = LoRA(nn.Linear(493, 1))
+    with pytest.raises(ValueError, match="DCNv2 has no LogitLinear left"):
+        model.scale_logits(0.5)
+
+
+def test_parameters_that_modules_share_lie_in_one_group_once():
+    model = DCNv2(num_embeddings=1000, num_experts=2)
+    model.cross[1].u.weight = model.cross[0].u.weight
+    groups = model.dense_parameter_groups(0.1)
+    found = [id(p) for p in [*model.embedding_parameters(), *groups[0]["params"], *groups[1]["params"]]]
+    assert sorted(found) == sorted({id(p) for p in model.parameters()})
+    torch.optim.AdamW(groups)
