@@ -17,7 +17,7 @@ $(VENV)/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt setuptools wheel numpy pyarrow click tqdm matplotlib \
-		pytest hypothesis scikit-learn rtdl_revisiting_models ruff mypy "triton; platform_system == 'Linux'"
+		pytest pytest-xdist hypothesis scikit-learn rtdl_revisiting_models ruff mypy "triton; platform_system == 'Linux'"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(BUILD_INPUTS)
@@ -28,7 +28,7 @@ train: setup
 	$(BIN)/ctr-train --model ft --out runs/ft --skip-if-done
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Random damage, kills, surgeries of modules and lives of optimizers, from seeds that are printed; some 10 minutes.
 campaign: setup
