@@ -91,7 +91,7 @@ def test_wheel_names_its_scripts_and_dependencies(wheel: Path) -> None:
 
 
 def test_an_older_setuptools_reads_pyproject() -> None:
-    """Python 3.11 comes with setuptools 65, torch 2.11 wants one below 82; what came with 77 they refuse, or warn of."""
+    """Python 3.11 comes with setuptools 65, torch 2.11 wants one below 82; licences of 77 they refuse."""
     text = (ROOT / "pyproject.toml").read_text()
     project = text[text.index("[project]\n"):text.index("[project.optional-dependencies]")]
     assert not re.search(r"^license", project, flags=re.M)

@@ -90,8 +90,13 @@ def load_checkpoint(path: Path | str, model_name: str | None = None) -> dict[str
     """
     try:
         with open(path, "rb") as file:
-            if (wrong := zipfile.ZipFile(file).testzip()) is not None:  # torch.load does not look at them
+            archive = zipfile.ZipFile(file)
+            if (wrong := archive.testzip()) is not None:  # torch.load does not look at them
                 raise zipfile.BadZipFile(f"the checksum of its part {wrong} is wrong")
+            # No checksum covers an entry of the directory; torch reads nothing where its attributes say "directory".
+            for part in archive.infolist():
+                if part.external_attr or part.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"the entry of its part {part.filename} is damaged")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -140,10 +145,26 @@ def load_kept(run: Path | str, name: str | None = None) -> tuple[Path, dict[str,
     return path, content
 
 
-def newest_checkpoint(run: Path, model_name: str) -> dict[str, Any] | None:
-    """The state that a run goes on from: that of best.pt or last.pt with more steps; None where there is neither."""
-    found = [load_checkpoint(run / name, model_name) for name in ("last.pt", "best.pt") if (run / name).exists()]
-    return max(found, key=lambda content: content["step"], default=None)
+def newest_checkpoint(run: Path, model_name: str) -> tuple[str, dict[str, Any]] | None:
+    """(name, state) that a run goes on from: last.pt, or best.pt if that has more steps; None where there is neither.
+
+    Raises UserError for a damaged one, and for a best.pt that is lost though the run has evaluated.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("last.pt", "best.pt"):
+        if (run / name).exists():
+            try:
+                found[name] = load_checkpoint(run / name, model_name)
+            except UserError as error:
+                whole = name == "last.pt" and (run / "best.pt").exists()
+                raise UserError(f"{error}" + "; without it the run goes on from best.pt" * whole) from error
+    if not found:
+        return None
+    name = max(found, key=lambda name: found[name]["step"])
+    if found[name]["best"] is not None and "best.pt" not in found:
+        raise UserError(f"{run / 'best.pt'} is missing, though the run has evaluated and kept the weights of step "
+                        f"{found[name]['best']['step']:,}: begin anew with another --out")
+    return name, found[name]
 
 
 def scored_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:

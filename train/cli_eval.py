@@ -23,9 +23,8 @@ from .data.raw import read_features
 from .data.values import ValueCounts
 from .errors import UserError
 from .evaluate import Progress, split_report
-from .files import check_output
 from .machine import choose_device, resolve_kernels, set_up_torch
-from .score import score
+from .score import check_predictions, score
 
 NAME = "ctr-eval"
 LINE_SECONDS = 30.0  # between progress lines where stderr is no terminal
@@ -108,7 +107,7 @@ def command(run: Path, data: Path | None, split: str | None, raw: Path | None, p
     if raw is not None and split is not None:
         raise UserError(f"--split {split} needs --data: raw rows are scored as one")
     if predictions is not None and raw is not None:
-        check_output(predictions, [raw])
+        check_predictions(predictions, raw)
     trained = Trained.load(run, checkpoint=checkpoint, kernels=kernels, device=device, threads=threads)
     started = time.perf_counter()
     if data is not None:

@@ -10,12 +10,12 @@ import click
 
 from .command import PATH, run_command
 from .errors import UserError
-from .files import atomic_path
+from .files import atomic_path, check_directory
 from .plots import RunCurves, draw_curves, draw_reliability
 from .records import CONFIG, RESULT, read_config, read_result
 from .runlog import read_log, rows_per_second
 
-NAME = "ctr-report"
+NAME, TABLE = "ctr-report", "| run "  # and how a report begins
 METRICS = {"gold logloss": "logloss", "AUC": "auc", "NE": "normalised_entropy", "calibration": "calibration"}
 UNKNOWN = "-"
 
@@ -68,6 +68,9 @@ def command(runs: tuple[Path, ...], out: Path) -> None:
     """Compare runs of ctr-train: a markdown table sorted by gold logloss, and two pictures."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; the report needs a directory")
+    check_directory(out)
+    if (out / "report.md").is_file() and not (out / "report.md").read_text(errors="replace").startswith(TABLE):
+        raise UserError(f"{out / 'report.md'} exists and is no report of ctr-report: choose another --out")
     results, groups = ranked(load_runs(runs))
     table = markdown(results, groups)
     curves = [_curves(result, groups) for result in results]
@@ -128,7 +131,7 @@ def markdown(results: Sequence[RunResult], groups: Sequence[str]) -> str:
             row.append(UNKNOWN if result.best_possible is None else f"{result.best_possible:.4f}")
         if several:
             row.append(_letter(groups.index(result.gold["sha256"])) if result.gold else UNKNOWN)
-        rows.append([cell.replace("|", "\\|") for cell in row])
+        rows.append([" ".join(cell.replace("|", "\\|").splitlines()) for cell in row])
     first_number = header.index("rows trained")
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     aligned = [" | ".join(cell.ljust(width) if i < first_number else cell.rjust(width)

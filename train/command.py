@@ -1,5 +1,7 @@
 """What all console scripts share: paths as options, and errors of the user's as one sentence and an exit code."""
 
+import io
+import os
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +34,11 @@ def run_command(command: click.Command, name: str) -> None:
 
     Ctrl-C and `kill` (SIGTERM) end it alike: what is half-written is removed, exit codes 130 and 143.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by who started the program
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - until the end
+        elif isinstance(getattr(sys, stream), io.TextIOWrapper):
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # names that the terminal cannot write
     before = signal.signal(signal.SIGTERM, raise_killed)
     try:
         code = command.main(prog_name=name, standalone_mode=False)

@@ -1,5 +1,6 @@
 """A training run with all of its settings known: model and data are opened, trained, finished."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .errors import UserError
 from .files import copy_file
 from .finish import finish, result_table
 from .graph import CudaRecorder, choose_cuda_graph
-from .interrupt import Interrupt, exit_code
+from .interrupt import Interrupt, Killed, exit_code
 from .loop import Trainer
 from .machine import choose_device, resolve_kernels, set_up_torch, versions
 from .recipes import HYPERPARAMETERS
@@ -27,7 +28,8 @@ MAX_VALIDATION_ROWS = 200_000  # more would tell little more, and take long
 
 
 def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: bool = False,
-            continued: Continued | None = None, note: str | None = None) -> int:
+            continued: Continued | None = None, note: str | None = None,
+            still_here: Callable[[], None] = lambda: None) -> int:
     """Train in `directory` on the prepared rows in `data`; prints the result.
 
     Args:
@@ -35,11 +37,14 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
         resumed: go on from the newest checkpoint in `directory`.
         continued: the run whose model a new one begins with.
         note: a line to say before training begins.
+        still_here: raises UserError where `directory` was moved or removed meanwhile.
 
     Returns: the exit code, 0; where a signal stopped the run, 130 or 143.
     """
-    checkpoint = None
-    if resumed and (checkpoint := newest_checkpoint(directory, settings["model"])) is None:
+    name, checkpoint = "", None
+    if resumed and (newest := newest_checkpoint(directory, settings["model"])) is not None:
+        name, checkpoint = newest
+    elif resumed:
         click.echo(f"{directory} holds no checkpoint yet: beginning again", err=True)
     if resumed and settings["versions"] != versions():
         _tell_versions(settings["versions"])
@@ -52,7 +57,7 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     artifacts, train = _open_data(data)
     if checkpoint is not None:
         _check_run(directory, settings, checkpoint["config"])
-        _check_data(data, artifacts, Artifacts.from_dict(checkpoint["artifacts"]))
+        check_data(data, artifacts, Artifacts.from_dict(checkpoint["artifacts"]))
     rows, valid = divide(train, settings["validation_share"])
     loader = Loader(rows, batch_size=settings["batch_size"], shuffle=True, seed=settings["seed"], drop_last=True,
                     device=device)
@@ -76,11 +81,11 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     if artifacts.counts_values:
         copy_file(data / VALUES_FILE, directory / VALUES_FILE)  # raw rows get the same features from the run alone
     trainer = Trainer(directory, config=config, artifacts=artifacts, model=model, loader=loader, valid=valid,
-                      recorder=CudaRecorder(device) if graphed else None)
+                      recorder=CudaRecorder(device) if graphed else None, still_here=still_here)
     if first is not None:
         trainer.begin_with(*first)
     if checkpoint is not None:
-        trainer.restore(checkpoint)
+        trainer.restore(checkpoint, name)
         click.echo(f"going on after step {trainer.step:,} of {trainer.total_steps:,}", err=True)
     checkpoint = first = None
     if note is not None:
@@ -100,7 +105,13 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     if outcome == "patience":
         click.echo(f"stopped after step {trainer.step:,}: no better validation logloss for {config['patience']} "
                    "evaluations", err=True)
-    finish(directory, trainer, train, data)
+    still_here()
+    try:
+        finish(directory, trainer, train, data)
+    except (KeyboardInterrupt, Killed):
+        click.echo("all steps are done and saved; calibration and result come with: ctr-train --resume --out "
+                   f"{directory}", err=True)
+        raise
     click.echo(result_table(directory))
     return 0
 
@@ -109,7 +120,12 @@ def divide(train: Split, share: float) -> tuple[Split | Part, Split | Part | Non
     """(rows to train on, rows that watch): the last `share` of all rows watch, at most MAX_VALIDATION_ROWS; or none."""
     watching = min(round(share * train.rows), MAX_VALIDATION_ROWS)
     if not watching:
+        if share:
+            click.echo(f"note: --validation-share {share:g} of {train.rows:,} rows is none: nothing watches the run",
+                       err=True)
         return train, None
+    if watching >= train.rows:
+        raise UserError(f"--validation-share {share:g} of {train.rows:,} rows leaves none to train on")
     return train.part(0, train.rows - watching), train.part(train.rows - watching, train.rows)
 
 
@@ -138,10 +154,11 @@ def _check_run(directory: Path, settings: dict[str, Any], saved: dict[str, Any])
                             f"says {settings[name]}: one of them belongs elsewhere")
 
 
-def _check_data(data: Path, now: Artifacts, then: Artifacts) -> None:
+def check_data(data: Path, now: Artifacts, then: Artifacts) -> None:
     """UserError unless the data are those that the run began with."""
     differences = then.differences(now)
-    if not differences and now.outputs["train"]["sha256"] != then.outputs["train"]["sha256"]:
-        differences = ["the training rows are others"]
+    for name in ("train", "gold"):
+        if not differences and now.outputs[name]["sha256"] != then.outputs[name]["sha256"]:
+            differences = [f"the {name} rows are others"]
     if differences:
         raise UserError(f"{data} is not what the run was trained on: {'; '.join(differences)}")

@@ -12,7 +12,6 @@ from typing import Any
 from .errors import UserError
 from .locks import claim, release, remove, sweep, temporary_name
 
-PARQUET = b"PAR1"  # a Parquet file begins with it
 CHECKSUM, FORMAT = "checksum", "format"  # entries of a record beside its content
 
 
@@ -24,9 +23,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     UserError that names `path`.
     """
     path, claimed = Path(path), None
-    temporary = temporary_name(path)
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: {'Is a directory' if path.is_dir() else 'it is no regular file'}")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
@@ -122,12 +121,7 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def check_output(path: Path, inputs: list[Path]) -> None:
-    """UserError where a file of predictions would take the place of a file that is read, or of anything else."""
-    for file in inputs:
-        if path.exists() and file.exists() and path.samefile(file):
-            raise UserError(f"{path} is {file}, which is read: choose another file for the predictions")
-    if path.is_file() and path.stat().st_size:
-        with open(path, "rb") as handle:
-            if handle.read(len(PARQUET)) != PARQUET:
-                raise UserError(f"{path} exists and holds something else than predictions: choose another file")
+def check_directory(directory: Path) -> None:
+    """UserError where files that do not belong there would make prepared data something else."""
+    if (directory / "artifacts.json").exists() and not (directory / "config.json").exists():
+        raise UserError(f"{directory} holds prepared data, which are replaced whole: choose another directory")

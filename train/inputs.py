@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from .data.artifacts import MODEL_FIELDS, Artifacts
+from .data.artifacts import FILE, MODEL_FIELDS, Artifacts
 from .data.base import Base
 from .data.meter import prepare_with_meter
-from .data.prepare import check_out
+from .data.prepare import check_out, lock_file
 from .default_data import default_data
 from .errors import UserError
 from .files import sha256
+from .locks import wait_for
 from .recipes import DEFAULT, preparation_of
 
 SETTINGS = ("valid_ratio", "gold_rows", "split", "folds", "continued", *MODEL_FIELDS)
@@ -44,8 +45,10 @@ class Wanted:
         return bool(self.paths) and not any(path.is_dir() for path in self.paths)
 
 
-def obtain(wanted: Wanted, directory: Path) -> Path:
+def obtain(wanted: Wanted, directory: Path, *, begun: bool = False) -> Path:
     """The prepared directory that a run in `directory` trains on; raw files are prepared, once.
+
+    begun: the run is there already, and goes on with the rows that it has.
 
     Raises UserError for a path that is neither, or both kinds together, and for options that do not go with them.
     """
@@ -54,7 +57,7 @@ def obtain(wanted: Wanted, directory: Path) -> Path:
     if wanted.prepared is not None and wanted.prepared.resolve() == directory.resolve():
         raise UserError(f"--prepared {wanted.prepared} is the directory of the run; rows need one of their own")
     if wanted.raw:
-        return _prepared(wanted, wanted.prepared or directory / "data")
+        return _prepared(wanted, wanted.prepared or directory / "data", begun)
     if given:
         raise UserError(f"{given[0]} is for raw files: " + (f"{wanted.paths[0]} is prepared already" if wanted.paths
                                                             else "give some with --data"))
@@ -68,34 +71,52 @@ def obtain(wanted: Wanted, directory: Path) -> Path:
     return wanted.paths[0]
 
 
-def _prepared(wanted: Wanted, out: Path) -> Path:
+def _prepared(wanted: Wanted, out: Path, begun: bool) -> Path:
     """The raw files prepared under `out`; what is there from the same bytes with the same settings is used again."""
     for path in wanted.paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: --data takes raw files, or a directory made by `ctr-data prepare`")
+    if wanted.options.get("valid_ratio") == 0.0:
+        raise UserError("--valid-ratio 0: without validation lines there is nothing to evaluate the model on")
     recipe = wanted.recipe or DEFAULT
     arguments = preparation_of(recipe).settings({}) | {k: v for k, v in wanted.options.items() if v is not None}
-    if (out / "artifacts.json").exists():
-        found = Artifacts.load(out)
+    wait_for(lock_file(out), str(out))
+    if (found := _load_if_readable(out, begun)) is not None:
         expected = Artifacts(**arguments)
         if wanted.base is not None:
             expected = wanted.base.applied_to(expected)
         differences = [f"{name} is {getattr(found, name)!r}, not {getattr(expected, name)!r}" for name in SETTINGS
-                       if getattr(found, name) != getattr(expected, name)] or _other_sources(found, wanted.paths)
+                       if getattr(found, name) != getattr(expected, name)] or other_sources(found, wanted.paths)
         if not differences:
             click.echo(f"using the rows prepared in {out}", err=True)
             return out
+        if begun:
+            raise UserError(f"{out} holds the rows that the run was begun with, prepared otherwise ({differences[0]}); "
+                            "leave --data out, or choose another --out")
         if wanted.prepared is not None:
             raise UserError(f"{out} holds data prepared otherwise ({differences[0]}); choose another --prepared")
     check_out(out)
     found = prepare_with_meter(wanted.paths, out, recipe=recipe, base=wanted.base, **arguments)
     if found.label_rate["train"] in (0.0, 1.0):
-        shutil.rmtree(out)
+        shutil.rmtree(out.resolve())
     check_two_classes(found, wanted.paths[0])
     return out
 
 
-def _other_sources(found: Artifacts, paths: Sequence[Path]) -> list[str]:
+def _load_if_readable(out: Path, begun: bool) -> Artifacts | None:
+    """What is prepared in `out`; None without anything, and where it is damaged or of another version: made anew."""
+    if not (out / FILE).exists():
+        return None
+    try:
+        return Artifacts.load(out)
+    except UserError as error:
+        if begun:
+            raise
+        click.echo(f"preparing the rows again: {error}", err=True)
+        return None
+
+
+def other_sources(found: Artifacts, paths: Sequence[Path]) -> list[str]:
     """A phrase where data were not prepared from the bytes of these files, in this order."""
     if len(found.sources) != len(paths):
         return [f"from {len(found.sources)} files, not {len(paths)}"]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ class Trainer:
         loader: training batches.
         valid: rows for the evaluations during training; None without any.
         recorder: records the step, so that it runs as one CUDA graph; None: each kernel is launched by itself.
+        still_here: called before each checkpoint; raises UserError where the directory is not the run's any more.
 
     Attributes:
         step: steps done, by this process or by one before it.
@@ -54,8 +55,9 @@ class Trainer:
     """
 
     def __init__(self, directory: Path, *, config: dict[str, Any], artifacts: Artifacts, model: CTRModel,
-                 loader: Loader, valid: Split | Part | None, recorder: Recorder | None = None) -> None:
-        self.directory, self.config, self.artifacts = directory, config, artifacts
+                 loader: Loader, valid: Split | Part | None, recorder: Recorder | None = None,
+                 still_here: Callable[[], None] = lambda: None) -> None:
+        self.directory, self.config, self.artifacts, self._still_here = directory, config, artifacts, still_here
         self.model, self.loader, self.valid, self.device = model, loader, valid, loader.device
         self.optimizers = make_optimizers(
             model, embedding_optimizer=config["embedding_optimizer"], embedding_lr=config["embedding_lr"],
@@ -74,13 +76,14 @@ class Trainer:
         self._interval_losses: list[float] = []  # of the steps since the last line of the log
         self._saved_step: int | None = None  # of the newest checkpoint, and of last.pt
         self._last_step: int | None = None
+        self._best_step: int | None = None  # of the best.pt that this process has written
         self._losses: list[torch.Tensor] = []  # of the latest steps, not yet read by the host
         self._check_every = 1 if self.device.type == "cpu" else CUDA_CHECK_EVERY
         self._eval_every = steps_between(config["eval_every"], config["steps_in_epoch"])
         self._log_every = max(1, self.total_steps // LOG_LINES)
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Go on from a loaded checkpoint, random generators included; before the first step."""
+    def restore(self, content: dict[str, Any], name: str = "last.pt") -> None:
+        """Go on from a loaded checkpoint of that name, random generators included; before the first step."""
         try:
             self.model.load_state_dict(content["model"])
             for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
@@ -95,6 +98,7 @@ class Trainer:
             reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
             raise UserError(f"the checkpoint in {self.directory} does not fit the run's settings ({reason})") from error
         self.step, self.best, self._saved_step = content["step"], content["best"], content["step"]
+        self._last_step = self.step if name == "last.pt" else None
         self.log_chain, self._interval_losses = content["log"]["chain"], list(content["log"]["losses"])
 
     def begin_with(self, weights: dict[str, torch.Tensor], states: list[dict[str, Any]]) -> None:
@@ -238,8 +242,9 @@ class Trainer:
             self._save("best.pt")
 
     def _save_last(self) -> None:
-        """last.pt of this step; best.pt under that name too where it is of this step."""
-        if self.best and self.best["step"] == self.step and self._saved_step == self.step:
+        """last.pt of this step; best.pt under that name too where this process has just written it."""
+        if self._best_step == self.step:
+            self._still_here()
             link_file(self.directory / "best.pt", self.directory / "last.pt")
             self._last_step = self.step
         else:
@@ -247,6 +252,7 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         self._check_finite()
+        self._still_here()
         with self._not_counted():
             save_checkpoint(self.directory / name, model=self.model, optimizers=self.optimizers,
                             schedulers=self.schedulers, loader_state=self.loader.state_dict(), step=self.step,
@@ -256,6 +262,8 @@ class Trainer:
         self._saved_step, self._saved_at = self.step, time.monotonic()
         if name == "last.pt":
             self._last_step = self.step
+        else:
+            self._best_step = self.step
 
     def _check_finite(self) -> None:
         """UserError for a loss not yet read, or a weight, that is NaN or infinite: nothing of that is ever saved."""

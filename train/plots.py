@@ -38,6 +38,12 @@ class RunCurves:
     best_possible: float | None = None
     reliability: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The name as matplotlib shows it: it leaves out what begins with "_", and sets formulas between "$"."""
+        plain = " ".join(self.name.encode(errors="backslashreplace").decode().split()).replace("$", r"\$")
+        return f"\u200b{plain}" if plain.startswith("_") else plain
+
 
 def smooth(values: Sequence[float], reach: int = SMOOTHING) -> np.ndarray:
     """Mean of each value and up to `reach` - 1 values before it: float64 [len(values)]."""
@@ -66,12 +72,12 @@ def draw_curves(runs: Sequence[RunCurves], path: Path) -> None:
         style = _style(index)
         if run.training:
             rows, losses = zip(*run.training, strict=True)
-            left.plot(rows, smooth(losses), label=run.name, **style)
+            left.plot(rows, smooth(losses), label=run.label, **style)
         if run.validation:
-            right.plot(*zip(*run.validation, strict=True), marker="o", markersize=4, label=run.name, **style)
+            right.plot(*zip(*run.validation, strict=True), marker="o", markersize=4, label=run.label, **style)
         if run.gold is not None:
             right.plot(*run.gold, marker="*", markersize=13, linestyle="none", color=style["color"],
-                       label=None if run.validation else run.name)
+                       label=None if run.validation else run.label)
     for floor in sorted({run.best_possible for run in runs if run.best_possible is not None}):
         for axes in (left, right):
             axes.axhline(floor, color="0.5", linewidth=1, linestyle=(0, (1, 2)))
@@ -110,7 +116,7 @@ def draw_reliability(runs: Sequence[RunCurves], path: Path) -> None:
         enough = count >= MIN_ROWS
         low, high = wilson_interval(observed[enough], count[enough])
         top.errorbar(predicted[enough], observed[enough], yerr=[observed[enough] - low, high - observed[enough]],
-                     marker="o", markersize=4, capsize=2, elinewidth=0.8, label=run.name, **style)
+                     marker="o", markersize=4, capsize=2, elinewidth=0.8, label=run.label, **style)
     top.set(title=f"reliability on the gold rows (bins of {MIN_ROWS} rows or more)", ylabel="observed click rate",
             xlim=(0, 1), ylim=(-0.01, 1.01))
     bottom.set(xlabel="predicted click probability", ylabel="rows in the bin")

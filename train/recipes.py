@@ -122,6 +122,7 @@ NAMES = (DEFAULT, *RECIPES)
 _NOT_HYPERPARAMETERS = ("min_steps", "preparation", "by_model", "without_history")
 HYPERPARAMETERS = tuple(f.name for f in fields(Recipe) if f.name not in _NOT_HYPERPARAMETERS)
 MIN_BATCH = 32
+MAX_FLOAT32 = 3.4e38
 
 
 def find_recipe(name: str, facts: Facts) -> Recipe:
@@ -155,6 +156,8 @@ def resolve_recipe(name: str, model: str, overrides: Mapping[str, Any], facts: F
         given.setdefault("pooling", "cls")  # the recipes' is for the study's form; the paper's reads its CLS token
     if given.get("eval_every"):
         given.setdefault("validation_share", recipe.validation_share or _WATCHED["validation_share"])
+    if given.get("eval_every") == 0:
+        given.setdefault("patience", 0)
     if given.get("validation_share") == 0.0:  # nothing watches the run
         given.setdefault("eval_every", 0.0)
         given.setdefault("patience", 0)
@@ -192,6 +195,8 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
             continue
         if not low <= value < float("inf"):  # NaN as well
             raise UserError(f"{option} {value}: at least {low} and finite is needed")
+        if isinstance(value, float) and value > MAX_FLOAT32:
+            raise UserError(f"{option} {value}: at most {MAX_FLOAT32:g} is needed, the largest float32")
         if high is not None and value >= high:
             raise UserError(f"{option} {value}: below {high:g} is needed")
     if values["embedding_lr"] * values["embedding_weight_decay"] >= 1.0:

@@ -1,7 +1,7 @@
 """One training run from its settings to its result: a directory with config, metrics, checkpoints and gold.json."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,9 @@ from .continued import Continued
 from .data.artifacts import FILE as ARTIFACTS
 from .data.artifacts import Artifacts
 from .errors import UserError
-from .execute import execute
+from .execute import check_data, execute
 from .finish import result_table
-from .inputs import Wanted, advice, check_two_classes, obtain
+from .inputs import Wanted, advice, check_two_classes, obtain, other_sources
 from .locks import lock, sweep_all
 from .machine import choose_device, resolve_kernels
 from .recipes import DEFAULT, Facts, check_hyperparameters, fit_batch, resolve_recipe
@@ -68,17 +68,20 @@ def run(request: Request) -> int:
         raise UserError(f"{directory} holds no run to resume (no {CONFIG})")
     if (request.resume or request.skip_if_done) and (directory / RESULT).exists():
         return _go_on(directory, request, continued)  # only shows what is there
-    with _occupied(directory):
+    with _occupied(directory) as still_here:
         if (directory / CONFIG).exists():
             if not (request.resume or request.skip_if_done):
                 raise UserError(f"{directory} already holds a run; go on with it (--resume) or choose another --out")
-            return _go_on(directory, request, continued)
-        return _begin(directory, request, continued)
+            return _go_on(directory, request, continued, still_here)
+        return _begin(directory, request, continued, still_here)
 
 
 @contextmanager
-def _occupied(directory: Path) -> Iterator[None]:
-    """Within: the directory is there, and this process alone works in it. It goes again if nothing was put there."""
+def _occupied(directory: Path) -> Iterator[Callable[[], None]]:
+    """Within: the directory is there, and this process alone works in it. It goes again if nothing was put there.
+
+    What is yielded raises UserError once the directory is another one.
+    """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; a run needs a directory of its own: choose another --out")
     if (directory / ARTIFACTS).exists() and not (directory / CONFIG).exists():
@@ -89,23 +92,24 @@ def _occupied(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot make {directory}: {error.strerror or error}") from error
     try:
-        with lock(directory / ".lock", str(directory)):
+        with lock(directory / ".lock", str(directory)) as still_here:
             sweep_all(directory)
-            yield
+            yield still_here
     finally:
         for path in made:
-            if any(path.iterdir()):
+            if not path.is_dir() or any(path.iterdir()):
                 break
             path.rmdir()
 
 
-def _begin(directory: Path, request: Request, continued: Continued | None) -> int:
+def _begin(directory: Path, request: Request, continued: Continued | None, still_here: Callable[[], None]) -> int:
     """A new run. All that can be wrong with the request is found before its rows are prepared."""
     model = request.model or (continued.config["model"] if continued else "")
     _settings(request, model, request.recipe or DEFAULT, Facts(), continued)
     place = choose_device(request.machine.get("device"))
     resolve_kernels(request.machine.get("kernels") or "auto", place, model)
     data = obtain(_wanted(request, request.recipe, continued), directory)
+    still_here()
     artifacts, note = Artifacts.load(data), None
     check_two_classes(artifacts, data)
     if continued is not None:
@@ -116,10 +120,11 @@ def _begin(directory: Path, request: Request, continued: Continued | None) -> in
         note = advice(recipe, artifacts, data)
     settings = _settings(request, model, recipe, Facts.of(artifacts), continued)
     machine = {name: request.machine.get(name) for name in MACHINE}
-    return execute(directory, {**settings, **machine}, data, continued=continued, note=note)
+    return execute(directory, {**settings, **machine}, data, continued=continued, note=note, still_here=still_here)
 
 
-def _go_on(directory: Path, request: Request, continued: Continued | None) -> int:
+def _go_on(directory: Path, request: Request, continued: Continued | None,
+           still_here: Callable[[], None] = lambda: None) -> int:
     """The run that is there: its result, or on from its newest checkpoint."""
     stored = read_config(directory)
     asked = {"model": request.model, "recipe": request.recipe, "seed": request.seed,
@@ -131,18 +136,41 @@ def _go_on(directory: Path, request: Request, continued: Continued | None) -> in
         if value is not None and value != stored[name]:
             raise UserError(f"the run in {directory} has {name} {stored[name]}, not {value}; "
                             "choose another --out for a new run")
+    if continued is not None and str(continued.run.resolve()) != stored["from"]:
+        before = f"goes on from {stored['from']}" if stored["from"] else "began anew"
+        raise UserError(f"the run in {directory} {before}; it does not go on from {continued.run}")
+    _check_data_options(request)
     if (directory / RESULT).exists():
+        if request.data:
+            _check_same_data(directory, request.data)
         click.echo(result_table(directory))
         return 0
     data = Path(stored["data"])
     if request.data:  # prepared as the run's were, if they are raw
         if continued is None and stored["from"] is not None:
             continued = Continued.load(Path(stored["from"]))
-        data = obtain(_wanted(request, stored["recipe"], continued), directory)
+        data = obtain(_wanted(request, stored["recipe"], continued), directory, begun=True)
     elif not data.exists():
         raise UserError(f"{data}, on which the run was trained, is gone; say with --data where its rows are now")
     machine = {name: value for name, value in request.machine.items() if value is not None}
-    return execute(directory, {**stored, **machine}, data, resumed=True, continued=continued)
+    return execute(directory, {**stored, **machine}, data, resumed=True, continued=continued, still_here=still_here)
+
+
+def _check_data_options(request: Request) -> None:
+    """UserError for an option of raw rows where there are none to prepare."""
+    raw = bool(request.data) and not any(path.is_dir() for path in request.data)
+    for name, value in {"prepared": request.prepared, **request.preparation}.items():
+        if value is not None and not raw:
+            raise UserError(f"--{name.replace('_', '-')} {value} is for raw files: give some with --data")
+
+
+def _check_same_data(directory: Path, paths: Sequence[Path]) -> None:
+    """UserError unless the finished run in `directory` was trained on these raw files, or this prepared directory."""
+    own = Artifacts.load(directory)
+    if any(path.is_dir() for path in paths):
+        check_data(paths[0], Artifacts.load(paths[0]), own)
+    elif differences := other_sources(own, paths):
+        raise UserError(f"the run in {directory} was trained on rows {differences[0]}; choose another --out")
 
 
 def _wanted(request: Request, recipe: str | None, continued: Continued | None) -> Wanted:

@@ -15,7 +15,7 @@ from ctr_models import CTRModel
 from .data.raw import RawFeatures
 from .errors import UserError
 from .evaluate import Progress, batch_logits, scoring
-from .files import atomic_path
+from .files import atomic_path, check_directory
 from .metrics import evaluate_logits
 
 GROUP_ROWS = 1 << 18  # of the Parquet file; a row group a batch would be slow to read
@@ -82,6 +82,22 @@ class _Writer:
     def _flush(self) -> None:
         self._file.write_table(pa.Table.from_batches(self._held))
         self._held = []
+
+
+def check_predictions(path: Path, raw: Path) -> None:
+    """UserError where a file of predictions would take the place of the rows that are read, or of anything else."""
+    check_directory(path.parent)
+    if path.exists() and raw.exists() and path.samefile(raw):
+        raise UserError(f"{path} is {raw}, which is read: choose another file for the predictions")
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        with open(path, "rb") as file:
+            names = pq.read_schema(file).names
+    except (pa.ArrowException, OSError):
+        names = []
+    if names not in ([name for name, _ in COLUMNS], [name for name, _ in COLUMNS[:-1]]):
+        raise UserError(f"{path} exists and holds something else than predictions: choose another file")
 
 
 @contextmanager

@@ -82,6 +82,72 @@ def test_flipped_bytes_of_a_checkpoint_are_neither_evaluated_nor_resumed(copy, c
     one_sentence(call(cli_eval, "run", "--data", "rows"), damaged)
 
 
+def test_a_flipped_entry_of_a_checkpoints_directory_is_found(copy, call):
+    """Where an entry says that its part is a directory, torch reads nothing, and its tensor is what memory holds."""
+    path = copy / "run" / "best.pt"
+    with zipfile.ZipFile(path) as archive:
+        last = archive.infolist()[-4]
+    content = path.read_bytes()
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(last.filename.encode()))
+    flip(path, entry + 38)
+    one_sentence(call(cli_eval, "run", "--data", "rows"), f"the entry of its part {last.filename} is damaged")
+
+
+def test_a_resumed_run_keeps_its_gold_rows(copy, ctr_train, trained):
+    prepare([trained / "rows.tsv"], copy / "few", hash_bins=100, min_count=2, history=True, folds=5, gold_rows=10)
+    assert_fails(ctr_train("--resume", "--out", "run", "--data", "few"), "the gold rows are others")
+
+
+def test_a_finished_run_is_that_of_its_own_rows_only(copy, ctr_train, trained):
+    shutil.move(copy / "gold.json", copy / "run" / "gold.json")
+    (copy / "other.tsv").write_text("".join(line + "\n" for line in raw_lines(600, seed=5)))
+    prepare([copy / "other.tsv"], copy / "other", hash_bins=100, min_count=2, history=True, folds=5)
+    resume = ("--resume", "--out", "run")
+    assert ctr_train(*resume, "--data", trained / "rows.tsv").returncode == 0
+    assert ctr_train(*resume, "--data", "rows").returncode == 0
+    assert_fails(ctr_train(*resume, "--data", "other.tsv"), "as it was then, not from other.tsv as it is")
+    assert_fails(ctr_train(*resume, "--data", "other"), "its counts of values (values.arrow) are those of other")
+    assert_fails(ctr_train(*resume, "--split", "tail"), "--split tail is for raw files")
+    assert_fails(ctr_train(*resume, "--prepared", "x"), "--prepared x is for raw files")
+    assert_fails(ctr_train(*resume, "--from", trained / "run"), "began anew; it does not go on from")
+
+
+def test_rows_of_a_run_are_never_prepared_anew_on_resume(tmp_path, ctr_train):
+    for name, seed in (("a.tsv", 1), ("b.tsv", 2)):
+        (tmp_path / name).write_text("".join(line + "\n" for line in raw_lines(600, seed=seed)))
+    assert ctr_train(*QUICK, "--data", "a.tsv", "--out", "run").returncode == 0
+    (tmp_path / "run" / "gold.json").unlink()
+    before = (tmp_path / "run" / "data" / "train.arrow").read_bytes()
+    assert_fails(ctr_train("--resume", "--out", "run", "--data", "b.tsv"), "the rows that the run was begun with")
+    assert (tmp_path / "run" / "data" / "train.arrow").read_bytes() == before
+    assert ctr_train("--resume", "--out", "run", "--data", "a.tsv").returncode == 0
+
+
+def test_the_last_checkpoint_stays_uncalibrated_where_the_end_is_made_up_for(copy, ctr_train):
+    before = torch.load(copy / "run" / "last.pt", weights_only=True)
+    assert ctr_train("--resume", "--out", "run", "--data", "rows").returncode == 0
+    after = torch.load(copy / "run" / "last.pt", weights_only=True)
+    assert after["calibration"] == before["calibration"] == {"scale": 1.0, "shift": 0.0}
+
+
+def test_a_lost_or_damaged_checkpoint_is_found_before_the_training(copy, ctr_train):
+    whole = (copy / "run" / "last.pt").read_bytes()
+    (copy / "run" / "last.pt").write_bytes(whole[:2000])
+    assert_fails(ctr_train("--resume", "--out", "run", "--data", "rows"), "; without it the run goes on from best.pt")
+    (copy / "run" / "last.pt").write_bytes(whole)
+    (copy / "run" / "best.pt").unlink()
+    assert_fails(ctr_train("--resume", "--out", "run", "--data", "rows"), "best.pt is missing, though the run has eval")
+
+
+def test_damaged_rows_in_the_place_of_raw_ones_are_prepared_again(tmp_path, ctr_train):
+    (tmp_path / "a.tsv").write_text("".join(line + "\n" for line in raw_lines(600)))
+    for i in range(2):
+        done = ctr_train(*QUICK, "--data", "a.tsv", "--prepared", "p", "--out", f"run{i}")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "p" / "artifacts.json").write_text("{}")
+    assert "preparing the rows again: p/artifacts.json" in done.stderr
+
+
 @pytest.mark.parametrize("column", ["label", "dense", "sparse"])
 def test_flipped_rows_are_not_trained_on(copy, ctr_train, column):
     path = copy / "rows" / "train.arrow"

@@ -13,7 +13,7 @@ from raw_lines import raw_lines
 from ctr_train.data.prepare import prepare
 from ctr_train.errors import UserError
 from ctr_train.files import atomic_path, read_record, write_record
-from ctr_train.locks import claim, lock, release, sweep, temporary_name
+from ctr_train.locks import claim, lock, release, sweep, sweep_all, temporary_name
 
 HOLDER = """
 import sys
@@ -57,7 +57,7 @@ def test_a_run_directory_in_use_is_refused_by_the_name_of_its_holder(prepared, t
     assert_fails(ctr_train(*QUICK, "--data", prepared, "--out", "run"), sentence)
     assert_fails(ctr_train(*QUICK, "--data", prepared, "--out", "run", "--skip-if-done"), sentence)
     kill(holder)
-    (tmp_path / "run" / ".best.pt.4242.tmp").write_bytes(b"half a checkpoint")
+    (tmp_path / "run" / ".best.pt.0123456789abcdef.tmp").write_bytes(b"half a checkpoint")
     done = ctr_train(*QUICK, "--data", prepared, "--out", "run")
     assert done.returncode == 0, done.stderr
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
@@ -74,8 +74,8 @@ def test_a_directory_that_rows_are_prepared_for_is_refused(tmp_path, hold):
     with pytest.raises(UserError, match=rf"out is in use by process {holder.pid} on "):
         prepare([tmp_path / "a.tsv"], tmp_path / "out")
     kill(holder)
-    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()  # a dead process had our number
-    (tmp_path / f".out.{os.getpid()}.tmp" / "train.arrow").write_bytes(b"half")
+    (tmp_path / ".out.0123456789abcdef.tmp").mkdir()
+    (tmp_path / ".out.0123456789abcdef.tmp" / "train.arrow").write_bytes(b"half")
     prepare([tmp_path / "a.tsv"], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "out"]
 
@@ -92,18 +92,18 @@ def test_data_whose_replacement_was_killed_come_back(tmp_path):
 
 def test_only_what_the_dead_left_is_swept(tmp_path, hold):
     target = tmp_path / "x.json"
-    living = [temporary_name(target), tmp_path / ".x.json.d.tmp"]
-    dead = [temporary_name(target), tmp_path / ".x.json.2d.tmp"]
+    living = [temporary_name(target), tmp_path / f".x.json.{'a' * 15}d.tmp"]
+    dead = [temporary_name(target), tmp_path / f".x.json.{'b' * 15}d.tmp"]
     alive = hold(tmp_path / "one", *living)
     kill(hold(tmp_path / "two", *dead))
-    other = tmp_path / ".y.json.77.tmp"
+    other = temporary_name(tmp_path / "y.json")
     other.write_text("another file's")
     with atomic_path(target) as temporary:
         temporary.write_text("new")
     assert [path.exists() for path in (*living, *dead, other)] == [True, True, False, False, True]
     kill(alive)
     sweep(target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".y.json.77.tmp", "one", "two", "x.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "one", "two", "x.json"]
 
 
 def test_two_writers_of_one_file_never_meet(tmp_path):
@@ -135,9 +135,9 @@ def test_where_there_are_no_locks_work_goes_on_with_a_word(tmp_path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock(tmp_path / "l", "runs/x"):
         assert "see that no other process works on runs/x" in capsys.readouterr().err
-        claimed = claim(tmp_path / ".f.1.tmp")
+        claimed = claim(temporary := temporary_name(tmp_path / "f"))
         sweep(tmp_path / "f")
-        assert (tmp_path / ".f.1.tmp").exists()  # nothing can be known of its owner
+        assert temporary.exists()  # nothing can be known of its owner
         release(claimed)
 
 
@@ -162,3 +162,82 @@ def test_a_record_is_read_only_as_it_was_written(tmp_path):
         with pytest.raises(UserError, match="is damaged, or was changed by hand"):
             read_record(path, "run 3")
         write_record(path, "run 3", {"a": 1, "b": [0.1, None]})
+
+
+def test_what_others_have_put_there_stays(prepared, tmp_path, ctr_train):
+    own = [tmp_path / "w" / ".notes.tmp", tmp_path / "w" / ".thesis.2024.tmp", tmp_path / ".out.backup.tmp"]
+    (tmp_path / "w").mkdir()
+    for path in own:
+        path.write_text("mine")
+    os.mkfifo(tmp_path / "w" / f".pipe.{'0' * 16}.tmp")  # not waited for
+    assert ctr_train(*QUICK, "--data", prepared, "--out", "w").returncode == 0
+    (tmp_path / "a.tsv").write_text("".join(line + "\n" for line in raw_lines(50)))
+    prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"\.out\.old holds something else than prepared data"):
+        prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    assert (tmp_path / ".out.old" / "mine").read_text() == "mine"
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / ".lock").write_text("mine")
+    assert_fails(ctr_train(*QUICK, "--data", prepared, "--out", "v"), ".lock is in the way, and no lock of this")
+    assert (tmp_path / "v" / ".lock").read_text() == "mine"
+
+
+def test_a_directory_that_is_moved_or_replaced_gets_nothing_more(tmp_path):
+    (tmp_path / "run").mkdir()
+    with lock(tmp_path / "run" / ".lock", "run") as check:
+        check()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="run was moved or removed while this process worked there"):
+            check()
+        (tmp_path / "run").mkdir()
+        with lock(tmp_path / "run" / ".lock", "run") as other:  # another run takes the name
+            with pytest.raises(UserError, match="run was moved or removed"):
+                check()
+            other()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_moved_run_writes_no_checkpoint_under_its_old_name(make_trainer, tmp_path):
+    def gone() -> None:
+        raise UserError("run was moved or removed")
+
+    trainer, stop = make_trainer("run", model="dcnv2", stop_after=3)
+    trainer._still_here = gone
+    with pytest.raises(UserError, match="moved or removed"):
+        trainer.train(stop)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+def test_names_as_long_as_a_file_system_has_them(tmp_path):
+    path = tmp_path / ("x" * 255)
+    dead = temporary_name(path)
+    dead.write_text("half")
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_locks_of_nfs_need_a_descriptor_for_writing(tmp_path, monkeypatch):
+    import fcntl
+
+    flock = fcntl.flock
+
+    def as_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    with atomic_path(tmp_path / "x") as temporary:
+        temporary.write_text("x")
+        sweep(tmp_path / "x")
+        assert temporary.exists()
+    (tmp_path / "a.tsv").write_text("".join(line + "\n" for line in raw_lines(50)))
+    prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    dead = temporary_name(tmp_path / "y")
+    dead.write_text("half")
+    sweep_all(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv", "out", "x"]

@@ -123,12 +123,12 @@ def test_the_best_checkpoint_is_a_state_to_go_on_from(make_trainer, tmp_path):
     for name in ("whole", "killed"):
         trainer, stop = make_trainer(name, model="dcnv2", steps=40, eval_every=10)
         trainer.train(stop)
-    best = newest_checkpoint(tmp_path / "killed", "dcnv2")
-    assert best["step"] == 40  # last.pt has more steps, or as many
+    found, best = newest_checkpoint(tmp_path / "killed", "dcnv2")
+    assert (found, best["step"]) == ("last.pt", 40)  # it has more steps, or as many
     (tmp_path / "killed" / "last.pt").unlink()
-    best = newest_checkpoint(tmp_path / "killed", "dcnv2")
+    found, best = newest_checkpoint(tmp_path / "killed", "dcnv2")
     trainer, stop = make_trainer("killed", model="dcnv2", steps=40, eval_every=10)
-    trainer.restore(best)
+    trainer.restore(best, found)
     assert trainer.train(stop) == "finished"
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "killed")[name]), name

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from raw_lines import raw_lines
 
 from ctr_train import cli_eval, cli_report, cli_train
 from ctr_train.data import cli as cli_data
+from ctr_train.data import synth
 from ctr_train.data.artifacts import KIND, Artifacts
 from ctr_train.data.prepare import prepare
 from ctr_train.files import write_record
@@ -36,6 +39,9 @@ def places(tmp_path_factory) -> Path:
     """rows.tsv, prepared as `rows` and by another protocol as `foreign`, and a model trained on them, `run`."""
     directory = tmp_path_factory.mktemp("places")
     (directory / "rows.tsv").write_text("".join(line + "\n" for line in raw_lines(400)))
+    pq.write_table(pa.table({"mine": [1]}), directory / "mine.parquet")
+    (directory / "doc").mkdir()
+    (directory / "doc" / "report.md").write_text("# My report\n")
     (directory / "unlabelled.tsv").write_text("".join(line + "\n" for line in raw_lines(50, labelled=False)))
     for name in ("rows", "foreign"):
         prepare([directory / "rows.tsv"], directory / name, hash_bins=100)
@@ -73,7 +79,6 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
     (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "rows.tsv/run"), "cannot make rows.tsv/run: Not a"),
     (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "new", "--prepared", "new"),
      "--prepared new is the directory of the run; rows need one of their own"),
-    (cli_data, ("synth", "--rows", str(10**18), "--out", "huge.tsv"), "there is not enough memory: Unable to allocate"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--threads", "100000"),
      "--threads 100000: this machine has"),
     (cli_eval, ("run", "--data", "rows", "--threads", "20000"), "--threads 20000: this machine has"),
@@ -82,7 +87,18 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "linked.tsv"), "linked.tsv is rows.tsv,"),
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "run/best.pt"), "best.pt exists and holds something"),
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "linked.tsv"), "linked.tsv is rows.tsv"),
-    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "rows/train.arrow"), "train.arrow exists and"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "rows/train.arrow"), "rows holds prepared data, "),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "mine.parquet"), "mine.parquet exists and holds someth"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "rows/new.parquet"), "rows holds prepared data, which"),
+    (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "/"), "cannot write /: Is a directory"),
+    (cli_report, ("run", "--out", "rows"), "rows holds prepared data, which are replaced whole"),
+    (cli_report, ("run", "--out", "doc"), "doc/report.md exists and is no report of ctr-report"),
+    (cli_data, ("synth", "--rows", "5", "--out", "rows/train.arrow"), "train.arrow exists and was not made here"),
+    (cli_data, ("synth", "--rows", str(10**21), "--out", "huge.tsv"), "at most 1,099,511,627,776 are possible"),
+    (cli_data, ("prepare", "--input", "rows.tsv", "nope", "--out", "new"), "nope does not exist"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "new", "--valid-ratio", "0"), "--valid-ratio 0"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--validation-share", "0.9999"), "leaves none"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--embedding-lr", "1e39"), "largest float32"),
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "run"), "cannot write run: Is a directory"),
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "/dev/null"), "write /dev/null: it is no regular"),
     (cli_report, ("run", "--out", "rows.tsv"), "--out rows.tsv: it is a file; the report needs a directory"),
@@ -135,6 +151,12 @@ def test_rows_that_are_given_twice_are_told(command, places, tmp_path):
 def test_few_synthetic_rows_have_no_auc(command):
     done = command(cli_data, "synth", "--rows", "1", "--out", "s.tsv")
     assert done.returncode == 0 and "AUC undefined" in done.stdout, done.stdout
+
+
+def test_a_lack_of_memory_is_one_sentence(command, monkeypatch):
+    monkeypatch.setattr(synth, "_chunks", lambda *_: (_ for _ in ()).throw(MemoryError("Unable to allocate 3 EiB")))
+    done = command(cli_data, "synth", "--rows", "5", "--out", "s.tsv")
+    assert (done.returncode, done.stderr) == (1, "ctr-data: there is not enough memory: Unable to allocate 3 EiB\n")
 
 
 def test_a_table_that_does_not_fit_into_memory_is_one_sentence(command, places):

@@ -8,7 +8,8 @@ _MAGIC = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!": "a rar archive", b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file", b"ORC": "an ORC file", b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro file",
     b"\x93NUMPY": "a numpy file", b"SQLite format 3": "an SQLite database", b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text", b"070701": "a cpio archive", b"070702": "a cpio archive", b"070707": "a cpio archive",
+    b"\xc7\x71": "a cpio archive", b"!<arch>\n": "an ar archive", b"\x1f\x9d": "a compress file",
 }
 
 

@@ -40,11 +40,13 @@ class Inputs:
         self.paths = [Path(path) for path in paths]
         self._first: list[dict[str, Any]] | None = None
         for path in self.paths:
+            if not path.exists():
+                raise UserError(f"{path} does not exist")
             if path.is_dir():
                 raise UserError(f"{path} is a directory" + (
                     " of prepared data; raw files are needed here" if (path / ARTIFACTS_FILE).exists()
                     else "; raw files are needed"))
-            if path.exists() and not stat.S_ISREG(path.stat().st_mode) and passes(settings) > 1:
+            if not stat.S_ISREG(path.stat().st_mode) and passes(settings) > 1:
                 raise UserError(f"{path} is a pipe, and the input is read {passes(settings)} times; write it to a file "
                                 "first")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..files import read_json
-from ..locks import claim, lock, release, remove, sweep, temporary_name
+from ..files import read_json, sha256
+from ..locks import claim, lock, release, remove, short_name, sweep, temporary_name
 from .artifacts import FILE, Artifacts
 from .base import Base
 from .counting import FieldCounts
@@ -150,7 +150,7 @@ def prepare(
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    with lock(place.with_name(f".{place.name}.lock"), str(out)):
+    with lock(lock_file(place), str(out)):
         check_out(place)
         work, claimed = temporary_name(place), None
         try:
@@ -204,10 +204,18 @@ def _check_settings(settings: Artifacts) -> None:
         raise UserError(f"split={settings.split!r}: choose hash or tail")
 
 
+def lock_file(out: Path) -> Path:
+    """The file that is locked while rows are prepared for `out`, beside it."""
+    place = out.resolve()
+    return place.with_name(f".{short_name(place)}.lock")
+
+
 def check_out(out: Path) -> None:
     """UserError unless prepared data can be put at `out`: it is absent, empty, or holds prepared data."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, not a directory")
+    if os.path.ismount(out):
+        raise UserError(f"{out} is where a file system is mounted, and cannot be replaced: choose a directory in it")
     if out.exists() and (content := {path.name for path in out.iterdir()}):
         # A run directory has an artifacts.json too, and whatever lies here would go with the older data.
         foreign = sorted(content - {FILE, VALUES_FILE, *(f"{name}.arrow" for name in SPLITS)})
@@ -235,6 +243,7 @@ def _put_in_place(work: Path, out: Path) -> None:
 def _recover(out: Path) -> None:
     """What a process that was killed within `_put_in_place` left: the earlier directory comes back, or goes."""
     if (old := _old(out)).exists():
+        check_out(old)  # says so if it is somebody's own
         if out.exists():
             remove(old)
         else:
@@ -243,7 +252,7 @@ def _recover(out: Path) -> None:
 
 def _old(out: Path) -> Path:
     """Where an earlier directory waits until the new one is in its place; whoever writes `out` holds its lock."""
-    return out.with_name(f".{out.name}.old")
+    return out.with_name(f".{short_name(out)}.old")
 
 
 def _write_splits(sources: list[Source], settings: Artifacts, directory: Path, on_bad_line: str, rule: Rule,
@@ -309,7 +318,7 @@ def _best_possible(sources: list[Source], settings: Artifacts,
             raise UserError(f"{file} holds {truth.shape} probabilities, {source.path} {source.lines:,} lines: "
                             "they do not belong together")
         record = source.path.with_name(source.path.name + ".truth.json")
-        if record.exists() and not _is_of(read_json(record), source):
+        if record.exists() and not _is_of(read_json(record), source, file):
             raise UserError(f"{record} is of another {source.path.name}: remove it and {file.name}, or make both again")
     line_index, label = (np.concatenate(parts) for parts in zip(*validation, strict=True))
     probability = np.concatenate(truths)[line_index].astype(np.float64)
@@ -321,17 +330,20 @@ def _best_possible(sources: list[Source], settings: Artifacts,
     return found or None
 
 
-def _is_of(record: Any, source: Source) -> bool:
-    """Whether the record of true probabilities is that of the file; one that does not say may be."""
-    return isinstance(record, dict) and record.get("sha256") in (None, source.describe()["sha256"])
+def _is_of(record: Any, source: Source, probabilities: Path) -> bool:
+    """Whether the record of true probabilities is that of both files; one that does not say may be."""
+    return (isinstance(record, dict) and record.get("sha256") in (None, source.describe()["sha256"])
+            and record.get("probabilities_sha256") in (None, sha256(probabilities)))
 
 
 def _load_truth(file: Path) -> np.ndarray:
     """Probabilities float32 [lines]; UserError where the file holds something else."""
     try:
         truth = np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file} cannot be read as probabilities: {error}") from error
+    except Exception as error:  # a damaged file surfaces as almost any type
+        raise UserError(f"{file} cannot be read as probabilities: {str(error) or type(error).__name__}") from error
+    if not isinstance(truth, np.ndarray):
+        raise UserError(f"{file} cannot be read as probabilities: it is an archive of arrays")
     if truth.dtype != np.float32 or not ((truth > 0.0) & (truth < 1.0)).all():
         raise UserError(f"{file} holds no probabilities: float32 between 0 and 1 are needed, found {truth.dtype}")
     return truth

@@ -18,6 +18,7 @@ from .protocol import DENSE_NAMES, SPARSE_NAMES
 from .synth_features import FREQUENT, LAST_DAY, draw_features, identities
 from .teacher import Teacher
 
+MAX_ROWS = 1 << 40
 CHUNK_ROWS = 16_384  # rows of one random stream: part of what the data of a seed are
 THREADS, AHEAD = 2, 4  # numpy lets go of the interpreter's lock for most of a chunk; chunks drawn before they are due
 _NO_WORD = np.uint32(0)
@@ -52,8 +53,9 @@ def write_synthetic(
     """Write `rows` labelled lines to `out`, gzip-compressed if it ends in .gz; the same seed gives the same bytes.
 
     Beside it go OUT.truth.npy (probabilities) and OUT.truth.json ({"rows", "seed", "label_rate", "best_possible":
-    {"logloss", "auc"}, "sha256": of `out`}, auc null where undefined; "day" after "seed" where it is not 0). `out`
-    itself appears last, when everything else is there.
+    {"logloss", "auc"}, "sha256" of `out`, "probabilities_sha256"}, auc null where undefined; "day" after "seed" where
+    it is not 0). `out` itself appears last, when everything else is there. An earlier `out` is replaced if it has such
+    a record.
 
     Args:
         day: 0 and 1 are the beginning, with the same bytes. On later days effects and click rate have drifted
@@ -68,6 +70,8 @@ def write_synthetic(
     if not 0 <= day <= LAST_DAY:
         raise UserError(f"cannot make synthetic rows of day {day:,}: it is not between 0 and {LAST_DAY:,}")
     probabilities_file, json_file = (out.with_name(out.name + ending) for ending in (".truth.npy", ".truth.json"))
+    if out.is_file() and out.stat().st_size and not json_file.exists():
+        raise UserError(f"{out} exists and was not made here ({json_file.name} is not beside it): choose another file")
     logits, labels = np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.uint8)
     done = 0
     beside: list[Path] = []
@@ -88,6 +92,7 @@ def write_synthetic(
             write_json(json_file, {
                 "rows": rows, "seed": seed, **({"day": day} if day else {}), "label_rate": metrics["label_rate"],
                 "best_possible": {"logloss": metrics["logloss"], "auc": metrics["auc"]}, "sha256": sha256(temporary),
+                "probabilities_sha256": sha256(probabilities_file),
             })
             beside.append(json_file)
     except BaseException:
@@ -132,6 +137,8 @@ def check_days(rows: int, days: int) -> None:
 def _check_rows(rows: int) -> None:
     if rows < 1:
         raise UserError(f"cannot make {rows:,} synthetic rows: at least 1 is needed")
+    if rows > MAX_ROWS:
+        raise UserError(f"cannot make {rows:,} synthetic rows: at most {MAX_ROWS:,} are possible")
 
 
 def _compressed(raw: BinaryIO) -> gzip.GzipFile:

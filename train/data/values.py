@@ -133,7 +133,7 @@ class ValueCounts:
         path = Path(directory) / FILE
         check_file(path, entry)
         found = cls(hash_bins)
-        with pa.OSFile(str(path)) as file:
+        with open(path, "rb") as file:
             table = pa.ipc.open_file(file).read_all()
         if table.schema != _SCHEMA:
             raise UserError(f"{path} has the columns {', '.join(table.schema.names)}; {', '.join(_SCHEMA.names)} are "

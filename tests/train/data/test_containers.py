@@ -66,6 +66,7 @@ CONTAINERS = {
     "xz": (lzma.compress(TEXT), "an xz file"), "parquet": (parquet(), "a Parquet file"),
     "zstd": (pa.compress(TEXT, "zstd", asbytes=True), "a zstd file"), "gzip": (gzip.compress(TEXT), "a gzip file"),
     "numpy": (array(), "a numpy file"), "UTF-16": (TEXT.decode().encode("utf-16"), "UTF-16 text"),
+    "cpio": (b"070707000000000000100644" + TEXT, "a cpio archive"),
     "UTF-16 without mark": (TEXT.decode().encode("utf-16-be"), "binary"), "zeros": (bytes(4096), "binary"),
 }
 

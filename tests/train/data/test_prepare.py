@@ -203,6 +203,16 @@ def test_true_probabilities_of_other_rows_are_not_taken(tmp_path: Path) -> None:
         (tmp_path / f"b.tsv{ending}").rename(tmp_path / f"a.tsv{ending}")
     with pytest.raises(UserError, match=r"a\.tsv\.truth\.json is of another a\.tsv: remove it and a\.tsv\.truth\.npy"):
         prepare([tmp_path / "a.tsv"], tmp_path / "out")
+    write_synthetic(tmp_path / "c.tsv", rows=300, seed=3)
+    truth = np.load(tmp_path / "c.tsv.truth.npy")
+    np.save(tmp_path / "c.tsv.truth.npy", truth[::-1])
+    with pytest.raises(UserError, match=r"c\.tsv\.truth\.json is of another"):
+        prepare([tmp_path / "c.tsv"], tmp_path / "out")
+    for content in (b"PK\x03\x04", (tmp_path / "c.tsv.truth.npy").read_bytes().replace(b"descr", b"de{cr")):
+        (tmp_path / "c.tsv.truth.json").unlink(missing_ok=True)
+        (tmp_path / "c.tsv.truth.npy").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read as probabilities"):
+            prepare([tmp_path / "c.tsv"], tmp_path / "out")
     (tmp_path / "a.tsv.truth.json").write_text("[1]")
     with pytest.raises(UserError, match="is of another"):
         prepare([tmp_path / "a.tsv"], tmp_path / "out")

@@ -94,7 +94,8 @@ def test_label_rate_and_truth(raw: Path, columns: list[tuple[str, ...]]) -> None
         inside = (probability >= low) & (probability <= high)
         assert labels[inside].mean() == pytest.approx(probability[inside].mean(), abs=0.03)
     truth = json.loads(Path(f"{raw}.truth.json").read_text())
-    assert list(truth) == ["rows", "seed", "label_rate", "best_possible", "sha256"] and truth["sha256"] == sha256(raw)
+    assert list(truth) == ["rows", "seed", "label_rate", "best_possible", "sha256", "probabilities_sha256"]
+    assert truth["sha256"] == sha256(raw)
     assert truth["rows"] == ROWS and truth["seed"] == 1 and truth["label_rate"] == pytest.approx(labels.mean())
     exact = probability.astype(np.float64)
     logits = np.log(exact) - np.log1p(-exact)
@@ -182,7 +183,8 @@ def test_unwritable_output_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
 def test_full_disk_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"raw{suffix}"
-    out.write_text("earlier")
+    write_synthetic(out, rows=5, seed=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # larger files fail to grow, as on a full disk
     try:
@@ -190,7 +192,8 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, suffix: str) -> None:
             write_synthetic(out, rows=30_000, seed=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_text() == "earlier"
+    assert before.items() >= {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items()
+    assert out.read_bytes() == before[out.name]
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path) -> None:

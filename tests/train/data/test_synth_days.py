@@ -48,7 +48,8 @@ def test_days_are_files_each_with_its_truth(days: list[Path]) -> None:
         assert len(labels) == len(exact) == DAY_ROWS
         assert labels.mean() == pytest.approx(exact.mean(), abs=0.015)
         truth = json.loads(Path(f"{path}.truth.json").read_text())
-        assert list(truth) == ["rows", "seed", "day", "label_rate", "best_possible", "sha256"]
+        assert list(truth) == ["rows", "seed", "day", "label_rate", "best_possible", "sha256",
+                               "probabilities_sha256"]
         assert (truth["rows"], truth["seed"], truth["day"]) == (DAY_ROWS, 1, day)
         assert truth["label_rate"] == pytest.approx(labels.mean())
         logits = np.log(exact) - np.log1p(-exact)
