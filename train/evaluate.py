@@ -86,20 +86,22 @@ def labels_of(split: Split | Part) -> np.ndarray:
     return np.concatenate([split.slice(start, start + LABEL_ROWS).label for start in range(0, split.rows, LABEL_ROWS)])
 
 
-def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: str, **options: Any) -> dict[str, Any]:
+def split_report(model: CTRModel, data: Path | str, artifacts: Artifacts, name: str, *, rows: Split | None = None,
+                 **options: Any) -> dict[str, Any]:
     """Metrics of a whole split, and which file they are of; `options` as for `predict`.
 
     Args:
         data: the prepared directory.
         artifacts: those of `data`.
         name: "train", "valid" or "gold".
+        rows: the split, if it was opened and verified before.
 
     Returns: {"split", "file", "sha256", the metrics of `evaluate_logits`, "best_possible": {"logloss", "auc"} or None
     where it is not known, "reliability": the bins of `metrics.reliability`}.
 
     Raises UserError where the file is missing, or is not the one whose checksum the artifacts hold.
     """
-    split = open_verified(data, name, artifacts)
+    split = open_verified(data, name, artifacts) if rows is None else rows
     logits, labels = predict(model, split, **options), labels_of(split)
     return {
         "split": name,

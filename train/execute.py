@@ -54,7 +54,7 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     kernels = settings["kernels"] or "auto"
     resolved = resolve_kernels(kernels, device, settings["model"])
     graphed = choose_cuda_graph(settings["cuda_graph"], device, resolved)
-    artifacts, train = _open_data(data)
+    artifacts, train, gold = _open_data(data)
     if checkpoint is not None:
         _check_run(directory, settings, checkpoint["config"])
         check_data(data, artifacts, Artifacts.from_dict(checkpoint["artifacts"]))
@@ -107,7 +107,7 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
                    "evaluations", err=True)
     still_here()
     try:
-        finish(directory, trainer, train, data)
+        finish(directory, trainer, train, data, gold)
     except (KeyboardInterrupt, Killed):
         click.echo("all steps are done and saved; calibration and result come with: ctr-train --resume --out "
                    f"{directory}", err=True)
@@ -129,14 +129,14 @@ def divide(train: Split, share: float) -> tuple[Split | Part, Split | Part | Non
     return train.part(0, train.rows - watching), train.part(train.rows - watching, train.rows)
 
 
-def _open_data(data: Path) -> tuple[Artifacts, Split]:
-    """Artifacts and training rows; UserError where a split is not what the artifacts say."""
+def _open_data(data: Path) -> tuple[Artifacts, Split, Split]:
+    """Artifacts, training and gold rows; UserError where a split is not what the artifacts say."""
     artifacts = Artifacts.load(data)
     open_split(data, "valid")  # not read by a training run
     if artifacts.counts_values:
         check_file(data / VALUES_FILE, artifacts.values)
-    open_verified(data, "gold", artifacts)
-    return artifacts, open_verified(data, "train", artifacts)
+    gold = open_verified(data, "gold", artifacts)  # and held: a preparation meanwhile does not change it
+    return artifacts, open_verified(data, "train", artifacts), gold
 
 
 def _tell_versions(then: dict[str, Any]) -> None:

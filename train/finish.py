@@ -14,7 +14,7 @@ from .records import read_config, read_result, write_result
 from .runlog import read_log, rows_per_second, training_loss
 
 
-def finish(directory: Path, trainer: Trainer, train: Split, data: Path) -> None:
+def finish(directory: Path, trainer: Trainer, train: Split, data: Path, gold: Split | None = None) -> None:
     """Calibrate the weights that the run keeps, in their checkpoint, and write gold.json.
 
     Kept are the weights of the best evaluation, or the last ones where nothing was evaluated; the checkpoint of the
@@ -23,6 +23,7 @@ def finish(directory: Path, trainer: Trainer, train: Split, data: Path) -> None:
     Args:
         trainer: has trained; its model gets the kept weights.
         train: all training rows, those that watched the run among them.
+        gold: as they were opened when the run began; None: opened now, from `data`.
     """
     name = "last.pt" if trainer.best is None else "best.pt"
     content, config = load_checkpoint(directory / name), trainer.config
@@ -40,7 +41,7 @@ def finish(directory: Path, trainer: Trainer, train: Split, data: Path) -> None:
         write_checkpoint(directory / name, content)
     load_scored(trainer.model, content)
     click.echo(f"evaluating on {trainer.artifacts.counts['gold']:,} gold rows", err=True)
-    report = gold_report(trainer.model, data, trainer.artifacts, **options)
+    report = gold_report(trainer.model, data, trainer.artifacts, rows=gold, **options)
     log = read_log(directory, trainer.log_chain)
     write_result(directory, {
         **report, "checkpoint": name, "steps": trainer.step, "rows_trained": trainer.step * config["batch_size"],

@@ -273,3 +273,21 @@ def test_a_run_whose_data_have_moved_asks_for_them(copy, ctr_train):
     write_config(copy / "run", {**read_config(copy / "run"), "data": str(copy / "rows")})
     assert_fails(ctr_train("--resume", "--out", "run"), "is gone; say with --data where its rows are now")
     assert ctr_train("--resume", "--out", "run", "--data", "elsewhere").returncode == 0
+
+
+def test_rows_that_are_prepared_anew_while_a_run_trains_on_them_are_not_mixed(copy, trained, tmp_path, monkeypatch):
+    """The run has its own rows open until its end."""
+    from ctr_train import execute
+
+    expected, train = read_result(trained / "run"), execute.Trainer.train
+
+    def prepared_meanwhile(trainer, interrupt):
+        prepare([trained / "rows.tsv"], tmp_path / "rows", hash_bins=100, min_count=2, history=True, folds=5,
+                gold_rows=5)
+        return train(trainer, interrupt)
+
+    monkeypatch.setattr(execute.Trainer, "train", prepared_meanwhile)
+    config = {**read_config(trained / "run"), "kernels": "auto"}
+    assert execute.execute(tmp_path / "new", config, tmp_path / "rows") == 0
+    assert {k: v for k, v in read_result(tmp_path / "new").items() if k not in ("rows_per_s", "log")} \
+        == {k: v for k, v in expected.items() if k not in ("rows_per_s", "log")}
