@@ -112,9 +112,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[...] -> [...]."""
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+        if not self.training or self.inplace or not 0.0 < self.p < 1.0 or x.device.type != "cpu":
             return super().forward(x)
-        kept = torch.rand(x.shape) >= self.p  # fp32 whatever x is: 24 random bits
+        kept = torch.rand(x.shape, dtype=torch.float32, device=x.device) >= self.p  # 24 random bits, whatever x is
         return x * kept.to(x.dtype).mul_(1.0 / (1.0 - self.p))
 
 

@@ -14,6 +14,9 @@ from .checks import check_attention, check_choice, check_dropout, check_positive
 from .tokenizer import FeatureTokenizer
 
 
+POOLINGS = ("cls", "mean")
+
+
 class FTTransformer(CTRModel):
     """FT-Transformer in the form of the baseline study, or of its paper (Gorishniy et al. 2021, section 3.3).
 
@@ -74,7 +77,7 @@ class FTTransformer(CTRModel):
     ) -> None:
         super().__init__()
         check_choice("variant", variant, ("study", "paper"))
-        check_choice("pooling", pooling, ("cls", "mean"))
+        check_choice("pooling", pooling, POOLINGS)
         check_dropout(dropout)
         paper = variant == "paper"
         if paper and pooling != "cls":
@@ -114,6 +117,7 @@ class FTTransformer(CTRModel):
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
+        check_choice("pooling", self.pooling, POOLINGS)  # a program may set it at any time
         tokens = x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)
