@@ -11,7 +11,6 @@ from .cross import CROSS_LAYERS, CROSS_RANK, FullRankCross, LowRankCross, cross_
 from .numeric import check_moments
 from .tokenizer import FeatureTokenizer, FieldEmbedding
 
-
 STRUCTURES = ("parallel", "stacked")
 
 

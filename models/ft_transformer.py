@@ -13,7 +13,6 @@ from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
 from .tokenizer import FeatureTokenizer
 
-
 POOLINGS = ("cls", "mean")
 
 
@@ -155,6 +154,8 @@ class ReGLUBlock(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
+        check_attention(dim, num_heads, 1, "auto")
+        check_dropout(dropout)
         hidden = int(dim * (4 / 3))
         self.num_heads, self.cls_only, self.dropout, self.kernels = num_heads, cls_only, dropout, kernels
         self.attention_norm = nn.LayerNorm(dim) if attention_norm else None

@@ -7,7 +7,7 @@ from torch import nn
 
 from ctr_kernels import EmbeddingTable, field_tokens
 from ctr_kernels.backend import BackendUnavailable, on_triton
-from ctr_kernels.fusion import plain_linear, plain_module, plain_parameter
+from ctr_kernels.fusion import FORWARDS, plain_linear, plain_module, plain_parameter, replaced_method
 from ctr_kernels.philox import as_seed
 from ctr_kernels.sparse_update.table import check_ids
 from ctr_kernels.tokenizer import token_limits
@@ -207,6 +207,7 @@ class FeatureTokenizer(nn.Module):
             reason = plain_linear(self.dense_token, "dense_token", self.num_dense, embedding.table.dim)
         if reason is None and history is not None:
             reason = plain_module(history, "history", FieldHistory)
+        reason = reason or replaced_method(embedding.table, _LOOKUP) or replaced_method(self, _NUMBERS)
         if reason is not None:
             return reason
         table = embedding.table
@@ -249,3 +250,8 @@ class FeatureTokenizer(nn.Module):
             return self.numeric(dense)
         tokens = dense.unsqueeze(-1) * self.dense_weight  # [B, num_dense, dim]
         return tokens if self.dense_bias is None else tokens + self.dense_bias
+
+
+# What the fused tokens stand in for.
+FORWARDS.update({kind: kind.forward for kind in (FieldEmbedding, FieldHistory, EmbeddingTable)})
+_LOOKUP, _NUMBERS = {"_lookup": EmbeddingTable._lookup}, {"_numeric": FeatureTokenizer._numeric}
