@@ -54,6 +54,8 @@ class DCNv2(CTRModel):
     torch.Size([2])
     """
 
+    logit_parts = ("head",)
+
     def __init__(
         self,
         *,

@@ -1,4 +1,4 @@
-"""Arguments of the attention: a scale with a gradient, sizes that nothing divides, dtypes that the interpreter gets wrong."""
+"""Arguments of the attention: a scale with a gradient, sizes that nothing divides, dtypes that give wrong products."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What replaces PyTorch's functions, or methods of a layer, is called: before and after the import, for all or for one."""
+"""What replaces functions of PyTorch, or methods of a layer, is called: before and after the import, for all or one."""
 
 import subprocess
 import sys
