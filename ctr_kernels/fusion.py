@@ -5,12 +5,13 @@ with parameters as they come and nothing hooked to them; each function here says
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch.nn import functional as F
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -51,6 +52,10 @@ _REPLACED_BEFORE = _replaced_before()
 
 def _replaced_for_all(kind: type[nn.Module]) -> str | None:
     """The reason why a call of any module of `kind` is not what it was when this package was imported, or None."""
+    if (_REPLACED_BEFORE is None and FORWARDS.get(kind) is kind.forward and kind.__call__ is _CALL
+            and kind._call_impl is _CALL_IMPL and F.linear is _F_LINEAR and F.layer_norm is _F_LAYER_NORM
+            and not _len_torch_function_stack()):
+        return None  # at once, since every child is asked at every step
     if _REPLACED_BEFORE is not None:
         return _REPLACED_BEFORE
     name = f"nn.{kind.__name__}" if kind in (nn.Linear, nn.LayerNorm) else kind.__name__
@@ -65,16 +70,15 @@ def _replaced_for_all(kind: type[nn.Module]) -> str | None:
 
 def _in_function_mode() -> bool:
     """Whether a mode other than that of a default device sees the calls of PyTorch's functions."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling():
         return False
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def replaced_method(module: nn.Module, own: Mapping[str, Callable[..., Any]]) -> str | None:
-    """The reason why the methods of these names are not those functions, as a phrase; None if they are."""
-    for name, function in own.items():
-        if name in module.__dict__ or getattr(type(module), name) is not function:
-            return f"{type(module).__name__} has a {name} of its own"
+def replaced_method(module: nn.Module, name: str, own: Callable[..., Any]) -> str | None:
+    """The reason why the method of that name is not the function `own`, as a phrase; None if it is."""
+    if name in module.__dict__ or getattr(type(module), name) is not own:
+        return f"{type(module).__name__} has a {name} of its own"
     return None
 
 

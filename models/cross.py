@@ -98,9 +98,10 @@ class LowRankCross(nn.Module):
         """
         if self.kernels == "eager":
             return "kernels='eager'"
-        width, rank = x.shape[-1:].numel(), out_features(self.u)
-        reason = self._unlike_the_kernels(x0, x) or plain_linear(self.u, "u", width, rank, bias=False) or plain_linear(
-            self.v, "v", rank, width)
+        u, v = self.u, self.v
+        width, rank = x.shape[-1] if x.dim() else 0, out_features(u)
+        reason = (self._unlike_the_kernels(x0, x) or plain_linear(u, "u", width, rank, bias=False)
+                  or plain_linear(v, "v", rank, width))
         if reason is not None:  # parameters of another dtype or device are an error in either way
             resolve(self.kernels, x.device, "low_rank_cross")
             return reason
@@ -113,9 +114,9 @@ class LowRankCross(nn.Module):
             return "experts have no fused operation"
         if autocast_enabled(x.device.type):
             return "under autocast linear layers have another dtype than x0 and x"
-        if x.dim() != 2 or x0.shape != x.shape:
+        if x.dim() != 2 or (x0 is not x and x0.shape != x.shape):
             return f"x0 has shape {tuple(x0.shape)}, x {tuple(x.shape)}, not one of [B, W]"
-        if x0.dtype != x.dtype or x0.device != x.device:
+        if x0 is not x and (x0.dtype != x.dtype or x0.device != x.device):
             return f"x0 is {x0.dtype} on {x0.device}, x {x.dtype} on {x.device}"
         return None
 

@@ -207,7 +207,8 @@ class FeatureTokenizer(nn.Module):
             reason = plain_linear(self.dense_token, "dense_token", self.num_dense, embedding.table.dim)
         if reason is None and history is not None:
             reason = plain_module(history, "history", FieldHistory)
-        reason = reason or replaced_method(embedding.table, _LOOKUP) or replaced_method(self, _NUMBERS)
+        reason = (reason or replaced_method(embedding.table, "_lookup", _LOOKUP)
+                  or replaced_method(self, "_numeric", _NUMERIC))
         if reason is not None:
             return reason
         table = embedding.table
@@ -254,4 +255,4 @@ class FeatureTokenizer(nn.Module):
 
 # What the fused tokens stand in for.
 FORWARDS.update({kind: kind.forward for kind in (FieldEmbedding, FieldHistory, EmbeddingTable)})
-_LOOKUP, _NUMBERS = {"_lookup": EmbeddingTable._lookup}, {"_numeric": FeatureTokenizer._numeric}
+_LOOKUP, _NUMERIC = EmbeddingTable._lookup, FeatureTokenizer._numeric

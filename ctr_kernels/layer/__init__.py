@@ -104,9 +104,8 @@ class TransformerLayer(nn.Module):
             reason = f"kernels={self.kernels!r} is eager here"
             return reason, reason
         fused = _fused(backend)
-        attention, feed_forward = (replaced_method(self, {name: _HALVES[name]}) for name in _HALVES)
-        return (attention or fused.why_attention_is_not_fused(self, x),
-                feed_forward or fused.why_ffn_is_not_fused(self, x))
+        return (replaced_method(self, "_attention", _ATTENTION) or fused.why_attention_is_not_fused(self, x),
+                replaced_method(self, "_ffn", _FFN) or fused.why_ffn_is_not_fused(self, x))
 
     def _attention(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """out(attention(qkv(x)))."""
@@ -143,7 +142,7 @@ class TransformerLayer(nn.Module):
 
 
 # What the fused halves stand in for: a subclass or a program may have others.
-_HALVES = {"_attention": TransformerLayer._attention, "_ffn": TransformerLayer._ffn}
+_ATTENTION, _FFN = TransformerLayer._attention, TransformerLayer._ffn
 
 
 def _check_choices(norm: str, activation: str) -> None:
