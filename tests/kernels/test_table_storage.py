@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_tables import OPTIMIZERS, every_rule, give_rows, needs_native
+from row_tables import needs_native
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -33,19 +33,6 @@ def test_a_lookup_has_its_dtype_and_the_step_that_follows_takes_its_rows(stored:
     SparseSGD(table.parameters(), lr=1.0, kernels=kernels, seed=1).step()
     expected = before - torch.bincount(IDS.flatten(), minlength=5)[:, None]
     torch.testing.assert_close(table.weight.detach().double(), expected, rtol=0.0, atol=2e-2)
-
-
-@pytest.mark.parametrize("kernels", ["auto", "eager"])
-@every_rule
-def test_every_rule_takes_rows_narrower_than_the_table(name: str, kernels: str) -> None:
-    tables = []
-    for dtype in (torch.bfloat16, torch.float32):
-        weight = nn.Parameter(torch.ones(4, 8))
-        weight.grad_dtype = dtype
-        give_rows(weight, [1, 3, 1], torch.full((3, 8), 0.5, dtype=dtype))
-        OPTIMIZERS[name]([weight], lr=0.1, kernels=kernels).step()
-        tables.append(weight.detach())
-    assert torch.equal(*tables) and not torch.equal(tables[0], torch.ones(4, 8))
 
 
 @pytest.mark.parametrize("model_class", [FTTransformer, AutoInt, DCNv2])
