@@ -170,7 +170,8 @@ class FeatureTokenizer(nn.Module):
         """dense [B, width], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
         check_inputs(dense, sparse, self.width, self.num_sparse)
         dropout_p = self.embedding_dropout if self.training else 0.0
-        check_dropout(dropout_p, "embedding_dropout")
+        check_dropout(dropout_p, "embedding_dropout")  # a program may set it, and the choice, at any time
+        check_choice("dense", self.dense, NUMERIC_MODES)
         if self._why_not_fused() is None:
             table = self.embedding.table
             dense = dense.to(table.lookup_dtype)

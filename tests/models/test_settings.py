@@ -79,6 +79,7 @@ def test_an_embedding_dropout_of_later_is_looked_at(value):
     (FTTransformer, lambda m: setattr(m, "pooling", "max"), "pooling='max': choose one of cls, mean"),
     (DCNv2, lambda m: setattr(m, "structure", "deep"), "structure='deep': choose one of parallel, stacked"),
     (AutoInt, lambda m: setattr(m.tokenizer.embedding, "tables", "own"), "tables='own': choose one of"),
+    (AutoInt, lambda m: setattr(m.tokenizer, "dense", "words"), "dense='words': choose one of token, affine"),
     (AutoInt, lambda m: setattr(m.layers[0], "norm", "none"), "norm='none': choose pre or post"),
     (FTTransformer, lambda m: setattr(m.layers[0], "activation", "silu"), "activation='silu': choose one of gelu"),
     (FTTransformer, lambda m: setattr(m.layers[0], "num_heads", 5), "D=64 is not divisible into num_heads=5"),
