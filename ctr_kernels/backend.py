@@ -119,9 +119,9 @@ def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
 
 def inside_torch_func() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: kernels have no rules for them."""
-    if torch._C._are_functorch_transforms_active():  # also while torch.compile traces a function of torch.func
-        return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():  # a constant of the graph, guarded; the other two functions would be nodes of it
+        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def on_triton(kernels: str, device: torch.device, operation: str, dtype: torch.dtype,

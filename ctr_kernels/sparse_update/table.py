@@ -148,6 +148,8 @@ class EmbeddingTable(nn.Module):
 
 def native_refusal(weight: torch.Tensor) -> str | None:
     """Why the native kernels do not take the table [num_rows, dim]; None: they do."""
+    if weight.dim() != 2:
+        return f"the table has shape {tuple(weight.shape)}; [num_rows, dim] is needed"
     if weight.is_contiguous():
         return None
     return f"the table has strides {weight.stride()}; kernels='native' needs a contiguous one"
