@@ -7,7 +7,7 @@ from torch import nn
 
 from ctr_kernels import BackendUnavailable, low_rank_cross
 from ctr_kernels.backend import CHOICES, resolve
-from ctr_kernels.checks import autocast_enabled
+from ctr_kernels.checks import autocast_enabled, without_autocast
 from ctr_kernels.cross import cross_limits
 from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
 
@@ -54,8 +54,8 @@ class LowRankCross(nn.Module):
         kernels: "auto", "eager", "native" or "triton"; a backend that is named must be there, also with a gate.
 
     A layer without a gate is one operation where u and v are what this constructor makes and x and x0 are alike
-    [B, width]; under `torch.autocast`, with a gate, and if u or v were replaced, hooked or changed otherwise, they are
-    called. A printed layer says which.
+    [B, width], computed in their dtype under `torch.autocast`, too. With a gate, and if u or v were replaced, hooked or
+    changed otherwise, they are called. A printed layer says which.
 
     NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
     sigmoid, of x): softmax of a Linear with bias here, one for each layer.
@@ -81,7 +81,8 @@ class LowRankCross(nn.Module):
         """x0 [B, width], x [B, width] -> [B, width]."""
         if self._why_not_fused(x0, x) is None:
             weight, bias = weight_and_bias(self.v)
-            return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
+            with without_autocast(x.device.type):  # which would round x0 and x as well; eager adds them as they are
+                return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))
@@ -102,6 +103,8 @@ class LowRankCross(nn.Module):
         width, rank = x.shape[-1] if x.dim() else 0, out_features(u)
         reason = (self._unlike_the_kernels(x0, x) or plain_linear(u, "u", width, rank, bias=False)
                   or plain_linear(v, "v", rank, width))
+        if reason is None and autocast_enabled(x.device.type) and u.weight.dtype != x.dtype:
+            reason = f"autocast is on, x has {x.dtype} and u {u.weight.dtype}"
         if reason is not None:  # parameters of another dtype or device are an error in either way
             resolve(self.kernels, x.device, "low_rank_cross")
             return reason
@@ -112,8 +115,6 @@ class LowRankCross(nn.Module):
         """What the kernels do not compute, though PyTorch does."""
         if self.gate is not None:
             return "experts have no fused operation"
-        if autocast_enabled(x.device.type):
-            return "under autocast linear layers have another dtype than x0 and x"
         if x.dim() != 2 or (x0 is not x and x0.shape != x.shape):
             return f"x0 has shape {tuple(x0.shape)}, x {tuple(x.shape)}, not one of [B, W]"
         if x0 is not x and (x0.dtype != x.dtype or x0.device != x.device):

@@ -276,7 +276,17 @@ def test_a_cross_layer_under_autocast_keeps_large_numbers(dtype):
         with torch.autocast("cpu", dtype):
             outs.append(layer(x * 1e5, x))
     assert outs[0].dtype == torch.float32 and outs[0].isfinite().all()
-    assert torch.equal(*outs)
+    torch.testing.assert_close(*outs, rtol=0.02, atol=500.0)  # of 1e5: eager rounds its products to `dtype`
+
+
+def test_a_cross_layer_under_autocast_is_fused_in_the_dtype_of_its_input():
+    torch.manual_seed(0)
+    layer, x = LowRankCross(40, 8), torch.randn(3, 40)
+    expected = layer(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x, x), expected)
+        narrow = layer(x, x.bfloat16())  # called, as eager does
+    torch.testing.assert_close(narrow, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("experts", [1, 2])
