@@ -23,6 +23,8 @@ NATIVE_DTYPES = {
 # What the Triton kernels of every operation take.
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+MATRIX_PRODUCTS = ("field_attention", "ffn", "low_rank_cross")  # operations that multiply matrices
+
 MIN_CAPABILITY = (8, 0)  # of the Triton kernels: their fp32 products need TF32, their bf16 ones bf16 tensor cores
 
 # Operations that each backend implements; `auto` takes the fastest one that has the operation.
@@ -102,14 +104,24 @@ def backends() -> dict[str, Backend]:
     return {"native": _native(), "triton": _triton(), "eager": eager}
 
 
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
-    return TRITON_DTYPES if backend == "triton" else NATIVE_DTYPES[operation]
+    if backend != "triton":
+        return NATIVE_DTYPES[operation]
+    if operation in MATRIX_PRODUCTS and _interpreted():  # products of bf16 matrices are wrong there, by far
+        return (torch.float32, torch.float16)
+    return TRITON_DTYPES
 
 
 def inside_torch_func() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: kernels have no rules for them."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    if torch.compiler.is_compiling():  # a constant of the graph, guarded; the other two functions would be nodes of it
+        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def on_triton(kernels: str, device: torch.device, operation: str, dtype: torch.dtype,

@@ -11,8 +11,10 @@ HEAD_DIMS = (8, 16, 32, 64)
 
 def attention_limits(fields: int, dim: int, num_heads: int) -> str | None:
     """Why the fused kernels do not take attention over `fields` tokens of `dim` in that many heads; None if they do."""
-    if fields > MAX_FIELDS:
+    if not 1 <= fields <= MAX_FIELDS:
         return f"F={fields} fields; 1 to {MAX_FIELDS} are supported"
+    if num_heads < 1 or dim % num_heads:
+        return f"D={dim} is not divisible into num_heads={num_heads}"
     if dim // num_heads not in HEAD_DIMS:
         return f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}"
     return None
@@ -25,6 +27,14 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which an operation multiplies x: that of an active `torch.autocast`, as `autocast` has it."""
+    device = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def same_float(named: dict[str, torch.Tensor]) -> None:

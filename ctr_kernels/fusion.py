@@ -4,21 +4,82 @@ A kernel reads the weights of modules and does not call them. That is the same o
 with parameters as they come and nothing hooked to them; each function here says why one is not, or gives None.
 """
 
+import os
+from collections.abc import Callable
+from types import BuiltinFunctionType
+from typing import Any
+
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack
+from torch.nn import functional as F
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .checks import autocast_enabled
 
 Tensor = torch.Tensor
 
-# What kernels stand in for: a program that replaces one of these for all modules is not fused either.
-_LINEAR, _LAYER_NORM = nn.Linear.forward, nn.LayerNorm.forward
+# What kernels stand in for: a program that replaces one of these for all modules is not fused either. The modules of
+# this project that are read in place of a call add their own.
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward,
+                                                       nn.LayerNorm: nn.LayerNorm.forward}
+_CALL, _CALL_IMPL, _F_LINEAR, _F_LAYER_NORM = nn.Module.__call__, nn.Module._call_impl, F.linear, F.layer_norm
+
+
+def _replaced_before() -> str | None:
+    """What a program replaced before it imported this package: found by the file that a function was written in."""
+    functions = {"nn.Linear.forward": nn.Linear.forward, "nn.LayerNorm.forward": nn.LayerNorm.forward,
+                 "nn.Linear.__call__": nn.Linear.__call__, "nn.LayerNorm.__call__": nn.LayerNorm.__call__,
+                 "nn.Module._call_impl": nn.Module._call_impl, "F.linear": F.linear, "F.layer_norm": F.layer_norm}
+    for name, function in functions.items():
+        code = getattr(function, "__code__", None)
+        own = isinstance(function, BuiltinFunctionType) if code is None else code.co_filename.startswith(
+            os.path.dirname(torch.__file__) + os.sep)
+        if not own:
+            return f"{name} is not PyTorch's own"
+    return None
+
+
+_REPLACED_BEFORE = _replaced_before()
+
+
+def _replaced_for_all(kind: type[nn.Module]) -> str | None:
+    """The reason why a call of any module of `kind` is not what it was when this package was imported, or None."""
+    if (_REPLACED_BEFORE is None and FORWARDS.get(kind) is kind.forward and kind.__call__ is _CALL
+            and kind._call_impl is _CALL_IMPL and F.linear is _F_LINEAR and F.layer_norm is _F_LAYER_NORM
+            and not _len_torch_function_stack()):
+        return None  # at once, since every child is asked at every step
+    if _REPLACED_BEFORE is not None:
+        return _REPLACED_BEFORE
+    name = f"nn.{kind.__name__}" if kind in (nn.Linear, nn.LayerNorm) else kind.__name__
+    if kind in FORWARDS and kind.forward is not FORWARDS[kind]:
+        return f"{name} has another forward"
+    if kind.__call__ is not _CALL or kind._call_impl is not _CALL_IMPL:
+        return f"{name} has another __call__"
+    if F.linear is not _F_LINEAR or F.layer_norm is not _F_LAYER_NORM:
+        return "torch.nn.functional has another linear or layer_norm"
+    return "a TorchFunctionMode is active" if _in_function_mode() else None
+
+
+def _in_function_mode() -> bool:
+    """Whether a mode other than that of a default device sees the calls of PyTorch's functions."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def replaced_method(module: nn.Module, name: str, own: Callable[..., Any]) -> str | None:
+    """The reason why the method of that name is not the function `own`, as a phrase; None if it is."""
+    if name in module.__dict__ or getattr(type(module), name) is not own:
+        return f"{type(module).__name__} has a {name} of its own"
+    return None
 
 
 def plain_module(module: nn.Module | None, name: str, kind: type[nn.Module]) -> str | None:
@@ -30,7 +91,9 @@ def plain_module(module: nn.Module | None, name: str, kind: type[nn.Module]) -> 
         return f"{name} has a {'forward' if forward else 'backward'} hook"
     if (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
         return "all modules have a global hook"
-    return f"{name} has a forward of its own" if "forward" in module.__dict__ else None
+    if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
+        return f"{name} has a forward of its own"
+    return _replaced_for_all(kind)
 
 
 def plain_parameter(module: nn.Module, name: str, parameter: str, shape: tuple[int, ...]) -> str | None:
@@ -54,8 +117,6 @@ def plain_linear(module: nn.Module | None, name: str, in_features: int, out_feat
     reason = plain_module(module, name, nn.Linear)
     if reason is not None or module is None:
         return reason
-    if nn.Linear.forward is not _LINEAR:
-        return "nn.Linear has another forward"
     reason = plain_parameter(module, name, "weight", (out_features, in_features))
     if reason is not None or bias:
         return reason or plain_parameter(module, name, "bias", (out_features,))
@@ -81,8 +142,6 @@ def plain_norm(module: nn.Module | None, name: str, dim: int) -> str | None:
         return reason
     if module.normalized_shape != (dim,):
         return f"{name} normalises {module.normalized_shape}, not {(dim,)}"
-    if nn.LayerNorm.forward is not _LAYER_NORM:
-        return "nn.LayerNorm has another forward"
     return (plain_parameter(module, name, "weight", (dim,)) or plain_parameter(module, name, "bias", (dim,)))
 
 

@@ -39,10 +39,10 @@ def threshold(dropout_p: float) -> int:
     return round(dropout_p * 2**31)
 
 
-def check_dropout(dropout_p: float) -> None:
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> None:
     """ValueError unless 0 <= dropout_p < 1."""
     if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p={dropout_p} is outside [0, 1)")
+        raise ValueError(f"{name}={dropout_p} is outside [0, 1)")
 
 
 def philox(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:

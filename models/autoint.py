@@ -142,6 +142,8 @@ class InteractingLayer(nn.Module):
         self, in_dim: int, dim: int, num_heads: int, *, dropout: float = 0.0, kernels: str = "auto"
     ) -> None:
         super().__init__()
+        check_attention(dim, num_heads, 1, "auto")
+        check_dropout(dropout)
         self.num_heads, self.dropout, self.kernels = num_heads, dropout, kernels
         self.qkvr = nn.Linear(in_dim, 4 * dim)  # Q, K, V and R in one product
         self.norm = nn.LayerNorm(dim)

@@ -1,7 +1,9 @@
 """What the three models share: which optimizer takes which parameter, and the last layer."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from ctr_kernels import EmbeddingTable
 from ctr_kernels.checks import without_autocast
-from ctr_kernels.fusion import plain_module, plain_parameter
+from ctr_kernels.fusion import FORWARDS, plain_module, plain_parameter
 
 from .checks import check_choice
 from .cross import CROSS_LAYERS, CROSS_RANK, LowRankCross, cross_network
@@ -24,9 +26,19 @@ class CTRModel(nn.Module):
     `embedding_parameters()` and `dense_parameter_groups()` together hold every parameter exactly once.
     """
 
+    logit_parts: ClassVar[tuple[str, ...]] = ("head", "shortcut")  # modules whose sum the logit is
+
     def embedding_parameters(self) -> list[nn.Parameter]:
-        """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD and its like."""
-        return list(dict.fromkeys(module.weight for module in self.modules() if isinstance(module, EmbeddingTable)))
+        """The embedding tables [num_rows, dim]; their gradients are sparse: for SparseSGD and its like.
+
+        Raises ValueError for a table whose weight is computed of other parameters: it has no rows to update.
+        """
+        tables = {name: module for name, module in self.named_modules() if isinstance(module, EmbeddingTable)}
+        for name, table in tables.items():
+            if table._parameters.get("weight") is None:
+                raise ValueError(f"{name}.weight is no parameter but computed, as by pruning or a parametrization; the "
+                                 "sparse-row optimizers cannot update it")
+        return list(dict.fromkeys(table.weight for table in tables.values()))
 
     def store_embeddings_as(self, dtype: torch.dtype) -> None:
         """Keep the tables in `dtype`, bf16 for half the memory; the tokens they give stay in the dtype they had."""
@@ -37,8 +49,10 @@ class CTRModel(nn.Module):
     def scale_logits(self, factor: float) -> None:
         """Multiply every logit by a number from now on, in the last layers, whose sum the logit is.
 
-        Raises ValueError where a last layer is no longer what the model made: the factor would be lost.
+        Raises ValueError for a factor that is not finite, and where a last layer is no longer what the model made, is
+        hooked, or shares its parameters: the factor would be lost, or would change something else as well.
         """
+        _check_finite("factor", factor)
         with torch.no_grad():
             for head in self._last_layers():
                 head.weight.mul_(factor)
@@ -46,24 +60,34 @@ class CTRModel(nn.Module):
 
     def shift_logits(self, shift: float) -> None:
         """Add a number to every logit from now on, in the bias of a last layer; ValueError as in scale_logits."""
+        _check_finite("shift", shift)
         with torch.no_grad():
             self._last_layers()[0].bias.add_(shift)
 
     def _last_layers(self) -> list["LogitLinear"]:
         """The layers whose sum the logit is, as they were made; ValueError where one is not."""
-        heads = {name: module for name, module in self.named_modules() if isinstance(module, LogitLinear)}
-        if not heads:
-            raise ValueError(f"{type(self).__name__} has no LogitLinear left, where its logits could be scaled")
-        for name, head in heads.items():
+        heads: list[LogitLinear] = []
+        uses = Counter(_memory(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
+        for part in self.logit_parts:
+            module = getattr(self, part, None)
+            if module is None and part == "shortcut":
+                continue
+            name, head = _last_layer(module, part)
             reason = plain_module(head, name, LogitLinear)
-            reason = reason or plain_parameter(head, name, "weight", (1, head.in_features))
-            reason = reason or plain_parameter(head, name, "bias", (1,))
-            if reason is not None:
-                raise ValueError(f"logits cannot be scaled in a layer that was changed: {reason}")
-        return list(heads.values())
+            if reason is not None or not isinstance(head, LogitLinear):
+                raise ValueError(f"logits cannot be changed in a layer that was changed: {reason}")
+            for parameter, shape in (("weight", (1, head.in_features)), ("bias", (1,))):
+                reason = plain_parameter(head, name, parameter, shape)
+                if reason is None and uses[_memory(getattr(head, parameter))] > 1:
+                    reason = f"{name}.{parameter} belongs to another layer, too"
+                if reason is not None:
+                    raise ValueError(f"logits cannot be changed in a layer that was changed: {reason}")
+            heads.append(head)
+        return heads
 
     def dense_parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """All other parameters as two groups for AdamW; only the matrices of linear layers decay.
+        """All other parameters as two groups for AdamW; only the matrices of linear layers decay, pruned or
+        parametrized ones by what their weight is computed of.
 
         Biases, norms, the CLS token and the tokenizer's own vectors (w and b of numeric tokens, bias of the
         fields) do not.
@@ -75,14 +99,45 @@ class CTRModel(nn.Module):
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
         placed = set(self.embedding_parameters())
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter in placed:  # of a table, or shared with a module before
-                    continue
-                placed.add(parameter)
-                decays = isinstance(module, nn.Linear) and name == "weight"
-                (decayed if decays else kept).append(parameter)
+        matrices = {parameter for module in self.modules() for parameter in _matrices(module)}
+        for parameter in self.parameters():
+            if parameter not in placed:
+                (decayed if parameter in matrices else kept).append(parameter)
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The matrices that the weight of a linear layer is, or is computed of; magnitudes of weight_norm are none."""
+    if not isinstance(module, nn.Linear):
+        return
+    parametrizations = module._modules.get("parametrizations")
+    originals = getattr(parametrizations, "weight", nn.Module())._parameters if parametrizations is not None else {}
+    for name, parameter in {**module._parameters, **originals}.items():
+        whole = name in ("weight", "weight_orig", "weight_v", "original", "original1")
+        factor = name == "original0" and parameter is not None and 1 not in parameter.shape
+        if parameter is not None and parameter.dim() > 1 and (whole or factor):
+            yield parameter
+
+
+def _last_layer(module: nn.Module | None, name: str) -> tuple[str, nn.Module | None]:
+    """The name of, and the layer at the end of a head or shortcut; ValueError where one that holds it is changed."""
+    while module is not None and type(module) in (nn.Sequential, CrossShortcut):
+        reason = plain_module(module, name, type(module))
+        if reason is not None:
+            raise ValueError(f"logits cannot be changed in a layer that was changed: {reason}")
+        last = "head" if type(module) is CrossShortcut else next(reversed(module._modules), "")
+        name, module = f"{name}.{last}", module._modules.get(last)
+    return name, module
+
+
+def _memory(parameter: torch.Tensor) -> int:
+    """The same for parameters that share memory; those on "meta" have none."""
+    return parameter.data_ptr() or id(parameter)
+
+
+def _check_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number} is not finite")
 
 
 class LogitLinear(nn.Linear):
@@ -112,9 +167,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[...] -> [...]."""
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+        if not self.training or self.inplace or not 0.0 < self.p < 1.0 or x.device.type != "cpu":
             return super().forward(x)
-        kept = torch.rand(x.shape) >= self.p  # fp32 whatever x is: 24 random bits
+        kept = torch.rand(x.shape, dtype=torch.float32, device=x.device) >= self.p  # 24 random bits, whatever x is
         return x * kept.to(x.dtype).mul_(1.0 / (1.0 - self.p))
 
 
@@ -169,3 +224,6 @@ def logit_shortcut(shortcut: str, width: int, dropout: float, kernels: str = "au
         return nn.Sequential(nn.Flatten(), CrossShortcut(width, dropout, kernels))
     widths = [width, *MLP_DIMS] if shortcut == "mlp" else [width]
     return nn.Sequential(nn.Flatten(), *mlp(widths, batch_norm=False, dropout=dropout), LogitLinear(widths[-1]))
+
+
+FORWARDS.update({kind: kind.forward for kind in (LogitLinear, CrossShortcut, nn.Sequential)})

@@ -6,9 +6,12 @@ import torch
 from torch import nn
 
 from ctr_kernels import BackendUnavailable, low_rank_cross
-from ctr_kernels.backend import resolve
+from ctr_kernels.backend import CHOICES, resolve
+from ctr_kernels.checks import autocast_enabled, without_autocast
 from ctr_kernels.cross import cross_limits
 from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
+
+from .checks import check_choice
 
 CROSS_LAYERS, CROSS_RANK = 3, 32  # of the baseline study's network
 
@@ -48,10 +51,11 @@ class LowRankCross(nn.Module):
         width, rank: size of x, and rank of each expert.
         num_experts: K; 1 has neither a gate nor inner matrices.
         inner: give the experts of a mixture the inner matrices C_k [rank, rank] and tanh.
-        kernels: "auto", "eager", "native" or "triton"; for a layer without a gate.
+        kernels: "auto", "eager", "native" or "triton"; a backend that is named must be there, also with a gate.
 
-    A layer without a gate is one operation where u and v are what this constructor makes; if they were replaced,
-    hooked or changed otherwise, they are called. A printed layer says which.
+    A layer without a gate is one operation where u and v are what this constructor makes and x and x0 are alike
+    [B, width], computed in their dtype under `torch.autocast`, too. With a gate, and if u or v were replaced, hooked or
+    changed otherwise, they are called. A printed layer says which.
 
     NOTE the names follow V(Ux), the reverse of the paper's U (V^T x). The paper leaves the gate open (softmax or
     sigmoid, of x): softmax of a Linear with bias here, one for each layer.
@@ -64,6 +68,7 @@ class LowRankCross(nn.Module):
         self, width: int, rank: int, *, num_experts: int = 1, inner: bool = False, kernels: str = "auto"
     ) -> None:
         super().__init__()
+        check_choice("kernels", kernels, CHOICES)
         self.num_experts, self.width, self.rank, self.kernels = num_experts, width, rank, kernels
         self.u = nn.Linear(width, num_experts * rank, bias=False)
         self.v = nn.Linear(num_experts * rank, width)
@@ -74,9 +79,10 @@ class LowRankCross(nn.Module):
 
     def forward(self, x0: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x0 [B, width], x [B, width] -> [B, width]."""
-        if self._why_not_fused(x) is None:
+        if self._why_not_fused(x0, x) is None:
             weight, bias = weight_and_bias(self.v)
-            return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
+            with without_autocast(x.device.type):  # which would round x0 and x as well; eager adds them as they are
+                return low_rank_cross(x0, x, weight_and_bias(self.u)[0], weight, bias, kernels=self.kernels)
         hidden = self.u(x)  # [B, K * rank]
         if self.gate is not None:
             hidden = hidden.unflatten(1, (self.num_experts, self.rank))
@@ -86,24 +92,40 @@ class LowRankCross(nn.Module):
             hidden = (torch.softmax(self.gate(x), dim=-1).unsqueeze(-1) * hidden).flatten(1)
         return x0 * like_input("v", self.v(hidden), x) + x
 
-    def _why_not_fused(self, x: torch.Tensor) -> str | None:
-        """Why u and v are called for x [B, width]; None: the layer is one operation."""
-        if self.gate is not None:
-            return "experts have no fused operation"
+    def _why_not_fused(self, x0: torch.Tensor, x: torch.Tensor) -> str | None:
+        """Why u and v are called for x0 and x [B, width]; None: the layer is one operation.
+
+        Raises as `resolve` where the backend that was chosen cannot run, whatever is called.
+        """
         if self.kernels == "eager":
             return "kernels='eager'"
         u, v = self.u, self.v
-        width, rank = x.shape[-1], out_features(u)
-        reason = plain_linear(u, "u", width, rank, bias=False) or plain_linear(v, "v", rank, width)
-        if reason is not None:  # dtypes and devices that differ are an error in either way
+        width, rank = x.shape[-1] if x.dim() else 0, out_features(u)
+        reason = (self._unlike_the_kernels(x0, x) or plain_linear(u, "u", width, rank, bias=False)
+                  or plain_linear(v, "v", rank, width))
+        if reason is None and autocast_enabled(x.device.type) and u.weight.dtype != x.dtype:
+            reason = f"autocast is on, x has {x.dtype} and u {u.weight.dtype}"
+        if reason is not None:  # parameters of another dtype or device are an error in either way
+            resolve(self.kernels, x.device, "low_rank_cross")
             return reason
         backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: cross_limits(of, width, rank))
         return f"kernels={self.kernels!r} is eager here" if backend == "eager" else None
 
+    def _unlike_the_kernels(self, x0: torch.Tensor, x: torch.Tensor) -> str | None:
+        """What the kernels do not compute, though PyTorch does."""
+        if self.gate is not None:
+            return "experts have no fused operation"
+        if x.dim() != 2 or (x0 is not x and x0.shape != x.shape):
+            return f"x0 has shape {tuple(x0.shape)}, x {tuple(x.shape)}, not one of [B, W]"
+        if x0 is not x and (x0.dtype != x.dtype or x0.device != x.device):
+            return f"x0 is {x0.dtype} on {x0.device}, x {x.dtype} on {x.device}"
+        return None
+
     def extra_repr(self) -> str:
         parameter = next(self.parameters(), torch.empty(0))
         try:
-            reason = self._why_not_fused(parameter.new_empty(0, self.width))
+            row = parameter.new_empty(0, self.width)
+            reason = self._why_not_fused(row, row)
         except (BackendUnavailable, TypeError, ValueError) as error:
             reason = str(error)
         return f"kernels={self.kernels!r}, " + ("fused" if reason is None else f"children are called: {reason}")

@@ -8,7 +8,10 @@ from torch import nn
 from .base import MLP_DIMS, CTRModel, LogitLinear, mlp
 from .checks import check_choice, check_dropout, check_inputs, check_positive
 from .cross import CROSS_LAYERS, CROSS_RANK, FullRankCross, LowRankCross, cross_network
+from .numeric import check_moments
 from .tokenizer import FeatureTokenizer, FieldEmbedding
+
+STRUCTURES = ("parallel", "stacked")
 
 
 class DCNv2(CTRModel):
@@ -37,7 +40,7 @@ class DCNv2(CTRModel):
         dropout: in the MLP, after ReLU; none in eval().
         numeric, numeric_edges: embed each numeric feature ("affine", "scaled", "periodic", "piecewise"; "token": all
             of them together) before the concatenation (39 * 16 = 624 for Criteo); see FeatureTokenizer. None leaves
-            them, and the history, as they come.
+            them, and the history, as they come, without edges and moments.
         history, history_moments, embedding_dropout: see FeatureTokenizer.
         embedding_std: standard deviation of the initial embeddings.
         kernels: "auto", "eager", "native" or "triton"; for the lookup and low-rank cross layers without experts.
@@ -50,6 +53,8 @@ class DCNv2(CTRModel):
     >>> model(torch.rand(2, 13), torch.randint(1000, (2, 26))).shape
     torch.Size([2])
     """
+
+    logit_parts = ("head",)
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class DCNv2(CTRModel):
     ) -> None:
         super().__init__()
         check_choice("variant", variant, ("study", "paper"))
-        check_choice("structure", structure, ("parallel", "stacked"))
+        check_choice("structure", structure, STRUCTURES)
         check_choice("norm", norm, ("none", "batch"))
         check_dropout(dropout)
         check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse, num_layers=num_layers,
@@ -100,6 +105,10 @@ class DCNv2(CTRModel):
         else:
             if embedding_dropout:
                 raise ValueError(f"embedding_dropout={embedding_dropout} needs tokens; choose a value of numeric")
+            if history < 0:
+                raise ValueError(f"history={history} is negative")
+            if history_moments is not None and history:  # not used, and checked as tokens would
+                check_moments(history_moments, history * num_sparse)
             self.tokenizer = None
             self.embedding = FieldEmbedding(num_embeddings=num_embeddings, dim=dim, num_fields=num_sparse,
                                             tables=tables, std=embedding_std, kernels=kernels)
@@ -114,6 +123,7 @@ class DCNv2(CTRModel):
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
+        check_choice("structure", self.structure, STRUCTURES)  # a program may set it at any time
         x0 = self._concatenate(dense, sparse)
         x = cross_network(self.cross, x0)
         if self.structure == "stacked":

@@ -13,6 +13,8 @@ from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
 from .tokenizer import FeatureTokenizer
 
+POOLINGS = ("cls", "mean")
+
 
 class FTTransformer(CTRModel):
     """FT-Transformer in the form of the baseline study, or of its paper (Gorishniy et al. 2021, section 3.3).
@@ -74,7 +76,7 @@ class FTTransformer(CTRModel):
     ) -> None:
         super().__init__()
         check_choice("variant", variant, ("study", "paper"))
-        check_choice("pooling", pooling, ("cls", "mean"))
+        check_choice("pooling", pooling, POOLINGS)
         check_dropout(dropout)
         paper = variant == "paper"
         if paper and pooling != "cls":
@@ -114,6 +116,7 @@ class FTTransformer(CTRModel):
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense [B, num_dense + history * num_sparse], sparse [B, num_sparse] -> logits [B]."""
+        check_choice("pooling", self.pooling, POOLINGS)  # a program may set it at any time
         tokens = x = self.tokenizer(dense, sparse)
         for layer in self.layers:
             x = layer(x)
@@ -151,6 +154,8 @@ class ReGLUBlock(nn.Module):
         kernels: str = "auto",
     ) -> None:
         super().__init__()
+        check_attention(dim, num_heads, 1, "auto")
+        check_dropout(dropout)
         hidden = int(dim * (4 / 3))
         self.num_heads, self.cls_only, self.dropout, self.kernels = num_heads, cls_only, dropout, kernels
         self.attention_norm = nn.LayerNorm(dim) if attention_norm else None

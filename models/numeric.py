@@ -39,6 +39,22 @@ def constants_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
+def check_moments(moments: Sequence[Sequence[float]], columns: int) -> None:
+    """ValueError unless these are means and standard deviations of that many columns, finite in fp32."""
+    if [len(of) for of in moments] != [columns, columns]:
+        raise ValueError(f"history_moments has lists of {[len(of) for of in moments]} numbers; 2 lists of "
+                         f"{columns} are needed")
+    mean, deviation = (torch.as_tensor(of, dtype=torch.float64, device="cpu").to(constants_dtype()) for of in moments)
+    for name, numbers, wrong in (
+            ("mean", mean, ~mean.isfinite()),
+            ("deviation", deviation, ~((deviation == 0.0) | ((deviation > 0.0) & (1.0 / deviation).isfinite()
+                                                             & deviation.isfinite())))):
+        if wrong.any():
+            column = int(wrong.int().argmax())
+            raise ValueError(f"history_moments has the {name} {numbers[column].item()} of column {column}; a finite "
+                             f"number{'' if name == 'mean' else ', 0 or above,'} is needed")
+
+
 class PiecewiseLinear(Constants):
     """Token j = sum_t p_jt W_jt + b_j, with p_jt the share of bin t that lies below x_j (Gorishniy et al. 2022, eq. 1).
 
@@ -66,12 +82,14 @@ class PiecewiseLinear(Constants):
         bins = max(1, *(len(of) - 1 for of in edges))
         low, scale = (torch.zeros(len(edges), bins, dtype=constants_dtype()) for _ in range(2))
         for j, of in enumerate(edges):
-            steps = torch.tensor(of, dtype=torch.float64, device="cpu").diff()  # also where the rest is "meta"
-            if (steps <= 0).any():
-                raise ValueError(f"numeric_edges[{j}]={list(of)!r} do not increase")
-            if len(of) > 1:
-                low[j, :len(of) - 1] = torch.tensor(of[:-1], dtype=torch.float64, device="cpu")
-                scale[j, :len(of) - 1] = 1.0 / steps
+            exact = torch.as_tensor(of, dtype=torch.float64, device="cpu")  # also where the rest is "meta"
+            kept, inverse = exact.to(low.dtype), 1.0 / exact.diff()
+            if not (kept.isfinite().all() and (kept.diff() > 0).all() and inverse.to(low.dtype).isfinite().all()):
+                raise ValueError(f"numeric_edges[{j}]={exact.tolist()} do not increase, or are not finite, in "
+                                 f"{low.dtype}")
+            if len(exact) > 1:
+                low[j, :len(exact) - 1] = kept[:-1]
+                scale[j, :len(exact) - 1] = inverse
         self.register_buffer("low", low)
         self.register_buffer("scale", scale)  # 0 for bins that a feature does not have
         self.weight = nn.Parameter(torch.randn(len(edges), bins, dim) * (0.3 * bins**-0.5))
@@ -135,11 +153,9 @@ class FieldHistory(Constants):
         columns = num_statistics * num_fields
         if moments is None:
             moments = [0.0] * columns, [1.0] * columns
-        if [len(of) for of in moments] != [columns, columns]:
-            raise ValueError(f"history_moments has lists of {[len(of) for of in moments]} numbers; 2 lists of "
-                             f"{columns} are needed")
-        mean, deviation = torch.tensor(moments, dtype=constants_dtype())
-        self.register_buffer("mean", mean)
+        check_moments(moments, columns)
+        mean, deviation = (torch.as_tensor(of, dtype=constants_dtype()) for of in moments)
+        self.register_buffer("mean", mean.clone())  # an array may be the caller's own memory
         self.register_buffer("scale", torch.where(deviation > 0.0, 1.0 / deviation, 0.0))
         self.weight = nn.Parameter(torch.randn(num_statistics, num_fields, dim) * 0.1)
         self.bias = uniform_vectors(num_fields, dim)

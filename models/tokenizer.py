@@ -7,7 +7,7 @@ from torch import nn
 
 from ctr_kernels import EmbeddingTable, field_tokens
 from ctr_kernels.backend import BackendUnavailable, on_triton
-from ctr_kernels.fusion import plain_linear, plain_module, plain_parameter
+from ctr_kernels.fusion import FORWARDS, plain_linear, plain_module, plain_parameter, replaced_method
 from ctr_kernels.philox import as_seed
 from ctr_kernels.sparse_update.table import check_ids
 from ctr_kernels.tokenizer import token_limits
@@ -54,7 +54,7 @@ class FieldEmbedding(nn.Module):
         super().__init__()
         check_choice("tables", tables, TABLES)
         check_positive(num_fields=num_fields)
-        self.num_embeddings, self.tables = num_embeddings, tables
+        self.num_embeddings, self.num_fields, self.tables = num_embeddings, num_fields, tables
         self.rows_per_field = num_embeddings // num_fields
         if tables == "shared":
             self.table = EmbeddingTable(num_embeddings, dim, std=std, kernels=kernels)
@@ -69,12 +69,18 @@ class FieldEmbedding(nn.Module):
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The row of the table that each id reads, [B, num_fields]."""
+        check_choice("tables", self.tables, TABLES)  # a program may set it at any time
         if self.tables == "per-field":
+            needed, weight = self.rows_per_field * self.num_fields, getattr(self.table, "weight", None)
+            if ids.shape[-1] != self.num_fields:
+                raise ValueError(f"ids have shape {tuple(ids.shape)}; [B, {self.num_fields}] is needed")
+            if isinstance(weight, torch.Tensor) and len(weight) < needed:
+                raise ValueError(f"the table has {len(weight)} rows; {self.num_fields} fields of {self.rows_per_field} "
+                                 f"rows need {needed}")
             if ids.device.type == "cpu":
                 check_ids(ids, self.num_embeddings)  # the modulo would hide an id out of range
             # Not a buffer: what no checkpoint holds would be lost by to_empty() and by a construction on "meta".
-            rows = self.table.num_rows
-            ids = ids.remainder(self.rows_per_field) + torch.arange(0, rows, self.rows_per_field, device=ids.device)
+            ids = ids.remainder(self.rows_per_field) + torch.arange(0, needed, self.rows_per_field, device=ids.device)
         return ids
 
     def extra_repr(self) -> str:
@@ -137,7 +143,7 @@ class FeatureTokenizer(nn.Module):
         check_positive(dim=dim, num_dense=num_dense, num_sparse=num_sparse)
         if history < 0:
             raise ValueError(f"history={history} is negative")
-        edges = numeric_edges or ()
+        edges = () if numeric_edges is None else numeric_edges
         if dense == "piecewise" and len(edges) != num_dense:
             raise ValueError(f"numeric_edges has {len(edges)} lists; dense='piecewise' needs one for "
                              f"each of {num_dense} numeric features")
@@ -164,6 +170,8 @@ class FeatureTokenizer(nn.Module):
         """dense [B, width], sparse [B, num_sparse] -> [B, num_tokens, dim]."""
         check_inputs(dense, sparse, self.width, self.num_sparse)
         dropout_p = self.embedding_dropout if self.training else 0.0
+        check_dropout(dropout_p, "embedding_dropout")  # a program may set it, and the choice, at any time
+        check_choice("dense", self.dense, NUMERIC_MODES)
         if self._why_not_fused() is None:
             table = self.embedding.table
             dense = dense.to(table.lookup_dtype)
@@ -200,6 +208,8 @@ class FeatureTokenizer(nn.Module):
             reason = plain_linear(self.dense_token, "dense_token", self.num_dense, embedding.table.dim)
         if reason is None and history is not None:
             reason = plain_module(history, "history", FieldHistory)
+        reason = (reason or replaced_method(embedding.table, "_lookup", _LOOKUP)
+                  or replaced_method(self, "_numeric", _NUMERIC))
         if reason is not None:
             return reason
         table = embedding.table
@@ -242,3 +252,8 @@ class FeatureTokenizer(nn.Module):
             return self.numeric(dense)
         tokens = dense.unsqueeze(-1) * self.dense_weight  # [B, num_dense, dim]
         return tokens if self.dense_bias is None else tokens + self.dense_bias
+
+
+# What the fused tokens stand in for.
+FORWARDS.update({kind: kind.forward for kind in (FieldEmbedding, FieldHistory, EmbeddingTable)})
+_LOOKUP, _NUMERIC = EmbeddingTable._lookup, FeatureTokenizer._numeric

@@ -15,7 +15,7 @@ def field_attention(
     v: torch.Tensor,
     *,
     num_heads: int,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
     kernels: str = "auto",
@@ -26,7 +26,7 @@ def field_attention(
         q, k, v: [B, F, D], heads interleaved in D as `nn.Linear` leaves them; any strides, so they may be
             views of one [B, F, 3D] projection. 0 <= B, 1 <= F; the fused kernels take F <= 64.
         num_heads: H, a divisor of D; the fused kernels take D / H = 8, 16, 32 or 64.
-        scale: factor on the logits; None means 1 / sqrt(D / H).
+        scale: factor on the logits; None means 1 / sqrt(D / H). A tensor of one element may have a gradient.
         dropout_p: probability of dropping an attention weight, in [0, 1); the mask is `philox.py`'s.
         seed: 64-bit seed of the mask (int, or int64 tensor [1]); None draws one from torch's generator.
         kernels: "auto", "eager", "native" or "triton".
@@ -42,6 +42,7 @@ def field_attention(
     q, k, v = autocast(q, k, v)
     _check(q, k, v, num_heads)
     check_dropout(dropout_p)
+    q, factor = _scaled(q, scale, num_heads)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, q.device, "field_attention", q.dtype,
                       lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
@@ -49,14 +50,14 @@ def field_attention(
         from .triton import field_attention_triton as run
     else:
         run = field_attention_native if backend == "native" else field_attention_reference
-    return run(q, k, v, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
+    return run(q, k, v, num_heads, factor, dropout_p, mask_seed)
 
 
 def field_attention_packed(
     qkv: torch.Tensor,
     *,
     num_heads: int,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
     kernels: str = "auto",
@@ -72,20 +73,27 @@ def field_attention_packed(
     _check(q, k, v, num_heads)
     backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype,
                       lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
-    if backend == "eager":
+    if backend == "eager" or isinstance(scale, torch.Tensor):  # which scales q alone
         return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
-                               kernels="eager")
+                               kernels=backend)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, qkv.device) if dropout_p > 0.0 else None
     if backend == "triton":
         from .triton import field_attention_packed_triton as run
     else:
         run = field_attention_packed_native
-    return run(qkv, num_heads, _scale(scale, q, num_heads), dropout_p, mask_seed)
+    return run(qkv, num_heads, _scaled(q, scale, num_heads)[1], dropout_p, mask_seed)
 
 
-def _scale(scale: float | None, q: torch.Tensor, num_heads: int) -> float:
-    return (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+def _scaled(q: torch.Tensor, scale: float | torch.Tensor | None, num_heads: int) -> tuple[torch.Tensor, float]:
+    """q and the factor on the logits; a tensor is multiplied into q, which gives it a gradient in every backend."""
+    if not isinstance(scale, torch.Tensor):
+        return q, (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
+    if scale.numel() != 1:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; one element is needed")
+    if not scale.is_floating_point():
+        raise TypeError(f"scale has dtype {scale.dtype}; floating point is needed")
+    return q * scale.reshape(()).to(q.dtype), 1.0
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> None:

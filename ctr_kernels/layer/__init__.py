@@ -7,12 +7,15 @@ from torch import nn
 
 from ..attention import field_attention_packed
 from ..backend import CHOICES, BackendUnavailable, resolve
+from ..checks import product_dtype
 from ..ffn import ffn
 from ..ffn.reference import ACTIVATIONS, activate
-from ..fusion import like_input
+from ..fusion import like_input, replaced_method
 from ..philox import as_seed, check_dropout
 from . import native
 from .halves import ffn_half
+
+NORM_CHOICES = ("pre", "post")
 
 
 class TransformerLayer(nn.Module):
@@ -55,10 +58,10 @@ class TransformerLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if norm not in ("pre", "post"):
-            raise ValueError(f"norm={norm!r}: choose pre or post")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        _check_choices(norm, activation)
+        check_dropout(dropout, "dropout")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible into num_heads={num_heads}")
         if kernels not in CHOICES:
             raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
         self.num_heads, self.norm, self.activation = num_heads, norm, activation
@@ -75,9 +78,10 @@ class TransformerLayer(nn.Module):
         """[B, F, D] -> [B, F, D]."""
         if x.dim() != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}; [B, F, D] is needed")
+        _check_choices(self.norm, self.activation)  # a program may set them at any time
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
-        backend = resolve(self.kernels, x.device, "field_attention", x.dtype)
+        backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
         calls_attention, calls_ffn = self._calls(backend, x)
         pre, fused = self.norm == "pre", _fused(backend)
         if calls_attention is None:
@@ -100,7 +104,8 @@ class TransformerLayer(nn.Module):
             reason = f"kernels={self.kernels!r} is eager here"
             return reason, reason
         fused = _fused(backend)
-        return fused.why_attention_is_not_fused(self, x), fused.why_ffn_is_not_fused(self, x)
+        return (replaced_method(self, "_attention", _ATTENTION) or fused.why_attention_is_not_fused(self, x),
+                replaced_method(self, "_ffn", _FFN) or fused.why_ffn_is_not_fused(self, x))
 
     def _attention(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """out(attention(qkv(x)))."""
@@ -111,7 +116,7 @@ class TransformerLayer(nn.Module):
 
     def _ffn(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """ffn_out(dropout(activation(ffn_in(x)))), in one operation where that is the same."""
-        if resolve(self.kernels, x.device, "ffn", x.dtype) != "eager" and ffn_half(self, x, None) is None:
+        if resolve(self.kernels, x.device, "ffn", product_dtype(x)) != "eager" and ffn_half(self, x, None) is None:
             return ffn(x, self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias,
                        activation=self.activation, dropout_p=dropout_p, kernels=self.kernels)
         hidden = self.ffn_in(x)
@@ -128,12 +133,23 @@ class TransformerLayer(nn.Module):
         parameter = next(self.parameters(), torch.empty(0))
         x = torch.empty(0, 1, self.dim, dtype=parameter.dtype, device=parameter.device)
         try:
-            backend = resolve(self.kernels, x.device, "field_attention", x.dtype)
-        except (BackendUnavailable, TypeError) as error:
+            backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
+        except (BackendUnavailable, TypeError, ValueError) as error:
             return f"runs not here: {error}"
         reasons = zip(("attention", "FFN"), self._calls(backend, x), strict=True)
         return "\n".join(f"{half}: " + (f"fused ({backend})" if reason is None else f"children are called: {reason}")
                          for half, reason in reasons)
+
+
+# What the fused halves stand in for: a subclass or a program may have others.
+_ATTENTION, _FFN = TransformerLayer._attention, TransformerLayer._ffn
+
+
+def _check_choices(norm: str, activation: str) -> None:
+    if norm not in NORM_CHOICES:
+        raise ValueError(f"norm={norm!r}: choose pre or post")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}")
 
 
 def _fused(backend: str) -> Any:

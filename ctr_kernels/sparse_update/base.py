@@ -118,8 +118,11 @@ class SparseRowOptimizer(torch.optim.Optimizer):
             if len(group["params"]) != len(own["params"]):
                 raise ValueError(f"param group {number} has {len(group['params'])} tables in the state_dict and "
                                  f"{len(own['params'])} in the optimizer")
+            _check_decay_kind(group, number)
             merged.append({**own, **group, "kernels": own["kernels"]})
             check_options(merged[-1])
+            for name in _DECAY_KINDS:  # of torch's optimizers; the decay of a later state_dict is ours
+                merged[-1].pop(name, None)
         return merged
 
     def _tables(self) -> Iterator[tuple[int, torch.Tensor, Group]]:
@@ -179,6 +182,18 @@ class SparseRowOptimizer(torch.optim.Optimizer):
         else:
             update_rows = update_native if update.backend == "native" else update_reference
             update_rows(table, ids, rows, rule, row_state(state))
+
+
+_DECAY_KINDS = ("decoupled_weight_decay", "lr_decay")  # options of torch's Adam and Adagrad, and of none here
+
+
+def _check_decay_kind(group: Group, number: int) -> None:
+    """ValueError for a group of torch's Adam or Adagrad whose weight decay is added to the gradient (L2)."""
+    coupled = group.get("decoupled_weight_decay", True) is False or "lr_decay" in group
+    if coupled and group.get("weight_decay"):
+        raise ValueError(f"param group {number} of the state_dict adds weight_decay={group['weight_decay']} times the "
+                         "weight to the gradient (L2), where the sparse-row optimizers shrink the weight itself; set "
+                         "it to 0 before the load, and choose a decoupled one")
 
 
 def _leave_out_kernels(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..backend import CHOICES, resolve
-from .table import check_ids
+from .table import check_ids, native_refusal
 
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 _FLOAT32 = torch.finfo(torch.float32)
@@ -79,7 +79,8 @@ def _check_betas(betas: Any) -> None:
 def check_gradient(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids int64 [n], rows [n, dim]) of the gradient of `table` [num_rows, dim], which must be sparse by rows.
 
-    Raises ValueError for another layout, shape or device, TypeError for another dtype than the table's or fp32.
+    Rows of half precision of another dtype than the table's come in fp32. Raises ValueError for another layout, shape
+    or device, TypeError for another dtype than the table's, fp32 or a narrower one.
     """
     grad, shape = table.grad, tuple(table.shape)
     assert grad is not None
@@ -100,9 +101,11 @@ def check_gradient(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if rows.device != table.device:
         raise ValueError(f"the gradient of a table on {table.device} is on {rows.device}: the table was moved after "
                          "the backward pass")
+    if rows.is_floating_point() and rows.dtype.itemsize < 4 and rows.dtype != table.dtype:
+        rows = rows.float()  # of lookups that give a narrower dtype than the table's
     if not table.is_floating_point() or rows.dtype not in (table.dtype, torch.float32):
-        raise TypeError(f"the gradient of a table of {table.dtype} has dtype {rows.dtype}; that of the table or "
-                        "torch.float32 is needed")
+        raise TypeError(f"the gradient of a table of {table.dtype} has dtype {rows.dtype}; that of the table, "
+                        "torch.float32 or a narrower one is needed")
     return ids, rows
 
 
@@ -118,8 +121,8 @@ def choose_backend(kernels: str, table: torch.Tensor, ids: torch.Tensor) -> str:
         from .triton import refusal
 
         reason = refusal(table)
-    elif backend == "native" and not table.is_contiguous():
-        reason = f"the table has strides {table.stride()}; kernels='native' needs a contiguous one"
+    elif backend == "native":
+        reason = native_refusal(table)
     if reason is not None and kernels != "auto":
         raise ValueError(reason)
     backend = backend if reason is None else "eager"

@@ -9,8 +9,10 @@ from .rule import RULES, RowState, Rule, mark_written
 
 
 def lookup_native(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight [num_rows, dim], ids [...] already checked -> [..., dim] in `dtype`: the table's, or fp32 of bf16."""
-    return torch.ops.ctr.embedding_lookup(weight, ids.contiguous(), dtype != weight.dtype)
+    """weight [num_rows, dim], contiguous; ids [...] -> [..., dim] in `dtype`; the operator widens bf16 to fp32."""
+    widen = dtype == torch.float32 and weight.dtype == torch.bfloat16
+    rows: torch.Tensor = torch.ops.ctr.embedding_lookup(weight, ids.contiguous(), widen)
+    return rows.to(dtype)
 
 
 def use_huge_pages_native(table: torch.Tensor) -> None:

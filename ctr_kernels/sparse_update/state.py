@@ -64,7 +64,7 @@ def check_state(state: Mapping[str, Any], rule: str, table: torch.Tensor, index:
 
 
 def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-    """A copy of a table's part of a state_dict: dtypes as saved, contiguous and on the table's device.
+    """A copy of a table's part of a state_dict: contiguous, on the table's device, dtypes as saved or else fp32.
 
     Raises as `check_state`, and ValueError for an entry that the rule does not keep.
     """
@@ -78,6 +78,10 @@ def loaded_state(saved: Any, rule: str, table: torch.Tensor, index: int) -> dict
     state = dict(saved)
     if "step" in state:
         state["step"] = _whole(state["step"], where)
+    for name in MOMENTS[rule]:  # torch's optimizers keep them in the dtype of the table
+        value = state.get(name)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in _DTYPES[name]:
+            state[name] = value.float()
     check_state(state, rule, table, index, in_use=False)
     return {name: value.detach().to(table.device, copy=True, memory_format=torch.contiguous_format)
             for name, value in state.items()}

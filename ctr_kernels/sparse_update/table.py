@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ..backend import CHOICES, inside_torch_func, resolve
@@ -97,7 +98,8 @@ class EmbeddingTable(nn.Module):
     def store_as(self, dtype: torch.dtype) -> None:
         """Keep the table in `dtype` from now on; lookups give the dtype that they gave before."""
         self.output_dtype = self.lookup_dtype
-        self.weight.data = _new_memory(torch.empty_like(self.weight, dtype=dtype)).copy_(self.weight.detach())
+        stored = torch.empty_like(self.weight, dtype=dtype, memory_format=torch.contiguous_format)
+        self.weight.data = _new_memory(stored).copy_(self.weight.detach())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "EmbeddingTable":
         """`.double()`, `.to(dtype)` and the like convert what lookups give as they do the parameters."""
@@ -114,9 +116,14 @@ class EmbeddingTable(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any],
                               *others: Any) -> None:
+        lookups, loaded = self.lookup_dtype, state_dict.get(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
-        if local_metadata.get("assign_to_params_buffers") and "output_dtype" in local_metadata:
-            self.output_dtype = local_metadata["output_dtype"]  # the table has the dtype that it had there, too
+        if not local_metadata.get("assign_to_params_buffers") or loaded is None or loaded.shape != self.weight.shape:
+            return
+        # The table has the dtype that it had there. Where nothing says what its lookups gave, a table that is narrower
+        # than the lookups of this one is taken for one that was stored so.
+        narrower = loaded.dtype != lookups and torch.promote_types(loaded.dtype, lookups) == lookups
+        self.output_dtype = local_metadata.get("output_dtype", lookups if narrower else None)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int32/int64 [...] -> [..., dim]."""
@@ -129,13 +136,23 @@ class EmbeddingTable(nn.Module):
     @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
     def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype)
+        backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype,
+                          lambda of: native_refusal(weight) if of == "native" else None)
         if ids.device.type == "cpu" and backend != "native":
-            check_ids(ids, self.num_rows)
+            check_ids(ids, len(weight))
         return lookup(weight, ids, self.lookup_dtype, backend)
 
     def extra_repr(self) -> str:
         return f"{self.num_rows}, {self.dim}, dtype={self.weight.dtype}, kernels={self.kernels!r}"
+
+
+def native_refusal(weight: torch.Tensor) -> str | None:
+    """Why the native kernels do not take the table [num_rows, dim]; None: they do."""
+    if weight.dim() != 2:
+        return f"the table has shape {tuple(weight.shape)}; [num_rows, dim] is needed"
+    if weight.is_contiguous():
+        return None
+    return f"the table has strides {weight.stride()}; kernels='native' needs a contiguous one"
 
 
 def lookup(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
@@ -166,14 +183,14 @@ def inside_export() -> bool:
 
 def _new_memory(table: torch.Tensor) -> torch.Tensor:
     """`table`, which nothing was written to yet, in huge pages if it is in the memory of a CPU."""
-    if NATIVE_ABSENT is None and table.device.type == "cpu":
+    if NATIVE_ABSENT is None and table.device.type == "cpu" and not isinstance(table, FakeTensor):
         use_huge_pages_native(table.detach())
     return table
 
 
 def check_ids(ids: torch.Tensor, num_rows: int) -> None:
     """IndexError that names the first id outside [0, num_rows), its position and the size of the table."""
-    if inside_export() or inside_torch_func() or ids.numel() == 0:
+    if inside_export() or inside_torch_func() or isinstance(ids, FakeTensor) or ids.numel() == 0:
         return
     if NATIVE_ABSENT is None and ids.device.type == "cpu":
         first = first_bad_id_native(ids, num_rows)

@@ -273,7 +273,8 @@ def test_a_child_of_a_wrong_width_or_dtype_is_named() -> None:
         layer(x)
     with pytest.raises(ValueError, match=r"x has shape \(3, 64\)"):
         layer(x[0])
-    layer = TransformerLayer(DIM, HEADS, HIDDEN, dropout=1.0)
+    layer = TransformerLayer(DIM, HEADS, HIDDEN)
+    layer.dropout = 1.0
     with pytest.raises(ValueError, match=r"dropout_p=1\.0 is outside"):
         layer(x)
 

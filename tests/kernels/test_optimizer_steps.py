@@ -29,7 +29,7 @@ from ctr_kernels import EmbeddingTable, SparseRowwiseAdagrad, SparseSGD
 @outside
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_in_the_interpreter(__file__, at_least=19)
+    run_in_the_interpreter(__file__, at_least=23)
 
 
 @every_backend
@@ -151,3 +151,17 @@ def test_a_backward_pass_notices_that_its_table_was_updated(name: str, kernels: 
             scores.sum().backward()
         for key, version in versions.items():
             assert optimizer.state[table][key]._version > version, key
+
+
+@every_backend
+@every_rule
+def test_every_rule_takes_rows_narrower_than_the_table(name: str, kernels: str) -> None:
+    tables = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        weight = torch.nn.Parameter(torch.ones(4, 8))
+        weight.grad_dtype = dtype
+        give_rows(weight, [1, 3, 1], torch.full((3, 8), 0.5, dtype=dtype))
+        OPTIMIZERS[name]([weight], lr=0.1, kernels=kernels).step()
+        tables.append(weight.detach())
+    assert torch.equal(tables[0], tables[2]) and torch.equal(tables[1], tables[2])
+    assert not torch.equal(tables[0], torch.ones(4, 8))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from ctr_kernels import field_tokens
+from ctr_kernels import BackendUnavailable, EmbeddingTable, field_tokens
 from ctr_kernels.library import NATIVE_ABSENT
 from ctr_models import AutoInt, DCNv2, FTTransformer
 from ctr_models import tokenizer as tokenizer_module
@@ -195,7 +195,7 @@ def test_logits_are_not_scaled_in_a_layer_that_would_lose_it():
                 act(0.5)
     model = DCNv2(num_embeddings=100)
     model.head = LoRA(nn.Linear(493, 1))
-    with pytest.raises(ValueError, match="DCNv2 has no LogitLinear left"):
+    with pytest.raises(ValueError, match="in a layer that was changed: head is a LoRA"):
         model.scale_logits(0.5)
 
 
@@ -206,3 +206,98 @@ def test_parameters_that_modules_share_lie_in_one_group_once():
     found = [id(p) for p in [*model.embedding_parameters(), *groups[0]["params"], *groups[1]["params"]]]
     assert sorted(found) == sorted({id(p) for p in model.parameters()})
     torch.optim.AdamW(groups)
+
+
+METHODS = {
+    "FieldEmbedding.forward": (FieldEmbedding, "forward"), "FieldHistory.forward": (FieldHistory, "forward"),
+    "EmbeddingTable.forward": (EmbeddingTable, "forward"), "EmbeddingTable._lookup": (EmbeddingTable, "_lookup"),
+    "FeatureTokenizer._numeric": (FeatureTokenizer, "_numeric"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_were_replaced_for_a_class_are_called(make_batch, monkeypatch, method):
+    owner, name = METHODS[method]
+    tokenizer, batch, before = FeatureTokenizer(num_embeddings=1000, dim=8, history=1), make_batch(4, num_dense=39), \
+        getattr(owner, name)
+    plain = tokenizer(*batch)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2.0 * before(*args, **kwargs))
+    expected = tokenizer(*batch)
+    assert not torch.allclose(expected, plain)
+    monkeypatch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+    monkeypatch.setattr(tokenizer_module, "field_tokens", None)
+    torch.testing.assert_close(tokenizer(*batch), expected)
+
+
+class OwnNumbers(FeatureTokenizer):
+    def _numeric(self, dense, dtype):
+        return 2.0 * super()._numeric(dense, dtype)
+
+
+def test_a_tokenizer_with_numbers_of_its_own_calls_them(make_batch, monkeypatch):
+    batch = make_batch(4, num_dense=39)
+    tokenizers = [OwnNumbers(num_embeddings=1000, dim=8, history=1), FeatureTokenizer(num_embeddings=1000, dim=8,
+                                                                                     history=1)]
+    numeric = tokenizers[1]._numeric
+    tokenizers[1]._numeric = lambda *of: 2.0 * numeric(*of)
+    for tokenizer in tokenizers:
+        expected = tokenizer(*batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer_module, "on_triton", lambda *of: True)
+            patch.setattr(tokenizer_module, "field_tokens", None)
+            torch.testing.assert_close(tokenizer(*batch), expected)
+        assert "has a _numeric of its own" in (tokenizer._why_not_fused() or "") or "here" in repr(tokenizer)
+
+
+CROSS_INPUTS = {
+    "three dimensions": lambda x: (x.expand(2, 3, 40), x.expand(2, 3, 40)), "a row": lambda x: (x[0], x[0]),
+    "x0 of one row": lambda x: (x[:1], x), "x0 of fp64": lambda x: (x.double(), x),
+    "x0 of bf16": lambda x: (x.bfloat16(), x), "x0 of three dimensions": lambda x: (x.expand(2, 3, 40), x),
+    "x0 of no dimension": lambda x: (torch.tensor(2.0), x), "x0 that is a column": lambda x: (x[:, :1], x),
+}
+
+
+@pytest.mark.parametrize("case", CROSS_INPUTS)
+def test_a_cross_layer_computes_what_eager_does(case):
+    layer = LowRankCross(40, 8)
+    x0, x = CROSS_INPUTS[case](torch.randn(3, 40))
+    found, expected = layer(x0, x), x0 * layer.v(layer.u(x)) + x
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cross_layer_under_autocast_keeps_large_numbers(dtype):
+    outs = []
+    for kernels in ("auto", "eager"):
+        torch.manual_seed(0)
+        layer = LowRankCross(40, 8, kernels=kernels)
+        x = torch.randn(3, 40)
+        with torch.autocast("cpu", dtype):
+            outs.append(layer(x * 1e5, x))
+    assert outs[0].dtype == torch.float32 and outs[0].isfinite().all()
+    torch.testing.assert_close(*outs, rtol=0.02, atol=500.0)  # of 1e5: eager rounds its products to `dtype`
+
+
+def test_a_cross_layer_under_autocast_is_fused_in_the_dtype_of_its_input():
+    torch.manual_seed(0)
+    layer, x = LowRankCross(40, 8), torch.randn(3, 40)
+    expected = layer(x, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x, x), expected)
+        narrow = layer(x, x.bfloat16())  # called, as eager does
+    torch.testing.assert_close(narrow, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_cross_layer_has_the_backend_that_was_chosen(experts):
+    with pytest.raises(ValueError, match="kernels='fast': choose one of auto, eager, native, triton"):
+        LowRankCross(40, 8, num_experts=experts, kernels="fast")
+    layer, x = LowRankCross(40, 8, num_experts=experts, kernels="triton"), torch.randn(3, 40)
+    with pytest.raises(BackendUnavailable, match="kernels='triton' cannot run"):
+        layer(x, x)
+    with pytest.raises(BackendUnavailable, match="kernels='triton' cannot run"), torch.autocast("cpu"):
+        layer(x, x)
+    assert "cannot run" in repr(layer)
+    layer.kernels = "auto"
+    assert layer(x, x).shape == (3, 40)
