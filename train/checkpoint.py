@@ -17,9 +17,10 @@ from .machine import EMBEDDING_DTYPES
 
 FORMAT = "ctr-kernels checkpoint"
 VERSION = 6
-CONTENT = {"model": dict, "optimizers": list, "schedulers": list, "loader": dict, "step": int, "config": dict,
-           "artifacts": dict, "best": (dict, type(None)), "average": dict, "calibration": dict, "rng": dict,
-           "log": dict}
+CONTENT: dict[str, Any] = {
+    "model": dict, "optimizers": list, "schedulers": list, "loader": dict, "step": int, "config": dict,
+    "artifacts": dict, "best": (dict, type(None)), "average": dict, "calibration": dict, "rng": dict, "log": dict,
+}
 # Constructor arguments of the models that a run's config holds under the same name; the others keep their defaults.
 MODEL_ARGUMENTS = ("variant", "dropout", "embedding_dropout", "tables", "numeric")
 UNCALIBRATED = {"scale": 1.0, "shift": 0.0}  # scored logits are scale * logit + shift

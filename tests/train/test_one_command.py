@@ -55,6 +55,7 @@ def test_what_is_prepared_is_used_again_and_never_overwritten(ctr_train, raw, tm
                  "rows holds data prepared otherwise (split is 'hash', not 'tail'); choose another --prepared")
     assert_fails(ctr_train(*arguments, "--out", "third", "--recipe", "baseline-v1"),
                  "rows holds data prepared otherwise (folds is 10, not 0)")
+    (tmp_path / "rows.gz").unlink()
     write_synthetic(tmp_path / "rows.gz", rows=3000, seed=6)
     assert_fails(ctr_train(*arguments, "--out", "third"), "rows holds data prepared otherwise (from rows.gz as it was")
     assert made == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "rows").iterdir()}
