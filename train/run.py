@@ -1,7 +1,7 @@
 """One training run from its settings to its result: a directory with config, metrics, checkpoints and gold.json."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ def _go_on(directory: Path, request: Request, continued: Continued | None,
     _check_data_options(request)
     if (directory / RESULT).exists():
         if request.data:
-            _check_same_data(directory, request.data)
+            _check_same_data(directory, request)
         click.echo(result_table(directory))
         return 0
     data = Path(stored["data"])
@@ -164,9 +164,13 @@ def _check_data_options(request: Request) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} is for raw files: give some with --data")
 
 
-def _check_same_data(directory: Path, paths: Sequence[Path]) -> None:
+def _check_same_data(directory: Path, request: Request) -> None:
     """UserError unless the finished run in `directory` was trained on these raw files, or this prepared directory."""
-    own = Artifacts.load(directory)
+    own, paths = Artifacts.load(directory), request.data
+    for name, value in request.preparation.items():
+        if value not in (None, getattr(own, name)):
+            raise UserError(f"the run in {directory} was trained on rows prepared with {name} {getattr(own, name)}, "
+                            f"not {value}; choose another --out")
     if any(path.is_dir() for path in paths):
         check_data(paths[0], Artifacts.load(paths[0]), own)
     elif differences := other_sources(own, paths):

@@ -1,5 +1,6 @@
 """Small prepared data for the tests of data, training and evaluation."""
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,19 +119,25 @@ def make_trainer(prepared, tmp_path, one_thread):
 
 
 @pytest.fixture
-def ctr_train(tmp_path, monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`ctr-train` with arguments in `tmp_path`, in this process: importing torch anew takes seconds each time."""
-    threads = torch.get_num_threads()
+def command(tmp_path, monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """(module, *arguments) -> what that command does in `tmp_path`, in this process: importing torch takes seconds."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["ctr-train", *map(str, arguments)])
+    def run(module, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [module.NAME, *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            cli_train.main()
+            module.main()
         return subprocess.CompletedProcess(arguments, exit_.value.code, *capfd.readouterr())
 
-    monkeypatch.chdir(tmp_path)
-    yield run
+    return run
+
+
+@pytest.fixture
+def ctr_train(command) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ctr-train` with arguments in `tmp_path`, in this process."""
+    threads = torch.get_num_threads()
+    yield functools.partial(command, cli_train)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")

@@ -45,21 +45,6 @@ def copy(trained, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch, capfd):
-    """(module, *arguments) -> what that command does in `tmp_path`, in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(module, *arguments) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", [module.NAME, *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            module.main()
-        return subprocess.CompletedProcess(arguments, exit_.value.code, *capfd.readouterr())
-
-    return run
-
-
 def one_sentence(done: subprocess.CompletedProcess[str], sentence: str) -> None:
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert sentence in done.stderr, done.stderr
@@ -72,17 +57,17 @@ def flip(path: Path, at: int, count: int = 1) -> None:
     path.write_bytes(content)
 
 
-def test_flipped_bytes_of_a_checkpoint_are_neither_evaluated_nor_resumed(copy, ctr_train, call):
+def test_flipped_bytes_of_a_checkpoint_are_neither_evaluated_nor_resumed(copy, ctr_train, command):
     for name in ("best.pt", "last.pt"):
         with zipfile.ZipFile(copy / "run" / name) as parts:
             largest = max(parts.infolist(), key=lambda part: part.file_size)
         flip(copy / "run" / name, largest.header_offset + 3000, 8)
     damaged = "is no checkpoint or a damaged one (the checksum of its part "
     assert_fails(ctr_train("--resume", "--out", "run"), damaged)
-    one_sentence(call(cli_eval, "run", "--data", "rows"), damaged)
+    one_sentence(command(cli_eval, "run", "--data", "rows"), damaged)
 
 
-def test_a_flipped_entry_of_a_checkpoints_directory_is_found(copy, call):
+def test_a_flipped_entry_of_a_checkpoints_directory_is_found(copy, command):
     """Where an entry says that its part is a directory, torch reads nothing, and its tensor is what memory holds."""
     path = copy / "run" / "best.pt"
     with zipfile.ZipFile(path) as archive:
@@ -90,7 +75,7 @@ def test_a_flipped_entry_of_a_checkpoints_directory_is_found(copy, call):
     content = path.read_bytes()
     entry = content.rindex(b"PK\x01\x02", 0, content.rindex(last.filename.encode()))
     flip(path, entry + 38)
-    one_sentence(call(cli_eval, "run", "--data", "rows"), f"the entry of its part {last.filename} is damaged")
+    one_sentence(command(cli_eval, "run", "--data", "rows"), f"the entry of its part {last.filename} is damaged")
 
 
 def test_a_resumed_run_keeps_its_gold_rows(copy, ctr_train, trained):
@@ -107,6 +92,7 @@ def test_a_finished_run_is_that_of_its_own_rows_only(copy, ctr_train, trained):
     assert ctr_train(*resume, "--data", "rows").returncode == 0
     assert_fails(ctr_train(*resume, "--data", "other.tsv"), "as it was then, not from other.tsv as it is")
     assert_fails(ctr_train(*resume, "--data", "other"), "its counts of values (values.arrow) are those of other")
+    assert_fails(ctr_train(*resume, "--data", trained / "rows.tsv", "--valid-ratio", "0.3"), "with valid_ratio 0.05")
     assert_fails(ctr_train(*resume, "--split", "tail"), "--split tail is for raw files")
     assert_fails(ctr_train(*resume, "--prepared", "x"), "--prepared x is for raw files")
     assert_fails(ctr_train(*resume, "--from", trained / "run"), "began anew; it does not go on from")
@@ -165,11 +151,11 @@ def test_flipped_gold_rows_are_found_before_the_training(copy, ctr_train):
     assert_fails(ctr_train(*QUICK, "--data", "rows", "--out", "new"), "gold.arrow has the SHA-256")
 
 
-def test_flipped_counts_of_values_are_found(copy, call):
+def test_flipped_counts_of_values_are_found(copy, command):
     flip(copy / "run" / "values.arrow", 700)
     shutil.move(copy / "gold.json", copy / "run" / "gold.json")
     (copy / "raw.tsv").write_text("".join(line + "\n" for line in raw_lines(5)))
-    one_sentence(call(cli_eval, "run", "--input", "raw.tsv"), "values.arrow has the SHA-256")
+    one_sentence(command(cli_eval, "run", "--input", "raw.tsv"), "values.arrow has the SHA-256")
 
 
 @pytest.mark.parametrize("name", ["run/config.json", "rows/artifacts.json"])
@@ -190,13 +176,13 @@ def test_settings_and_checkpoint_of_two_runs_do_not_go_together(copy, ctr_train)
 
 
 @pytest.mark.parametrize("key", CONTENT)
-def test_a_checkpoint_without_one_of_its_parts(copy, call, key):
+def test_a_checkpoint_without_one_of_its_parts(copy, command, key):
     path = copy / "run" / "best.pt"
     content = torch.load(path, weights_only=True)
     torch.save({name: value for name, value in content.items() if name != key}, path)
-    one_sentence(call(cli_eval, "run", "--data", "rows"), f"best.pt is damaged: its '{key}' is missing")
+    one_sentence(command(cli_eval, "run", "--data", "rows"), f"best.pt is damaged: its '{key}' is missing")
     torch.save({**content, key: "text"}, path)
-    one_sentence(call(cli_eval, "run", "--data", "rows"), f"best.pt is damaged: its '{key}' is str")
+    one_sentence(command(cli_eval, "run", "--data", "rows"), f"best.pt is damaged: its '{key}' is str")
 
 
 @pytest.mark.parametrize("part", ["weights", "optimizer", "scheduler", "loader", "rng"])
@@ -240,21 +226,21 @@ def test_other_versions_than_those_of_the_beginning_are_told(copy, ctr_train):
 
 @pytest.mark.parametrize("line", [b"{", b"[]", b'{"step": "one"}', b'{"step": 1}', b"\xff", b'{"event": "eval"}', b"7",
                                   b"[" * 100_000])
-def test_a_damaged_line_of_the_log_is_named(copy, ctr_train, call, line):
+def test_a_damaged_line_of_the_log_is_named(copy, ctr_train, command, line):
     path = copy / "run" / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], line, *lines[1:]]))
-    one_sentence(call(cli_report, "run"), "metrics.jsonl, line 2 is damaged, or does")
+    one_sentence(command(cli_report, "run"), "metrics.jsonl, line 2 is damaged, or does")
     done = ctr_train("--resume", "--out", "run", "--data", "rows")
     assert done.returncode == 1 and "metrics.jsonl, line 2 is damaged, or does" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("key", RESULT_KEYS)
-def test_a_result_of_another_version(copy, call, ctr_train, key):
+def test_a_result_of_another_version(copy, command, ctr_train, key):
     shutil.move(copy / "gold.json", copy / "run" / "gold.json")
     result = read_result(copy / "run")
     write_result(copy / "run", {name: value for name, value in result.items() if name != key})
-    for done in (call(cli_report, "run"), ctr_train("--resume", "--out", "run")):
+    for done in (command(cli_report, "run"), ctr_train("--resume", "--out", "run")):
         one_sentence(done, f"gold.json has no '{key}': it is of another version")
 
 

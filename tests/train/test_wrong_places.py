@@ -19,21 +19,6 @@ from ctr_train.data.prepare import prepare
 from ctr_train.files import write_record
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
-    """(module, *arguments) -> what that command does in `tmp_path`, in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(module, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", [module.NAME, *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            module.main()
-        return subprocess.CompletedProcess(arguments, exit_.value.code, *capfd.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
     """rows.tsv, prepared as `rows` and by another protocol as `foreign`, and a model trained on them, `run`."""
