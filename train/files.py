@@ -121,6 +121,23 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def made_directory(path: Path, what: Path | str) -> Iterator[None]:
+    """Within: the directory for `what` is there, made with its parents; those made go again if nothing is put there."""
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {what}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        for parent in made:
+            if not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
+
+
 def check_directory(directory: Path) -> None:
     """UserError where files that do not belong there would make prepared data something else."""
     if (directory / "artifacts.json").exists() and not (directory / "config.json").exists():

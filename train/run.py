@@ -14,6 +14,7 @@ from .data.artifacts import FILE as ARTIFACTS
 from .data.artifacts import Artifacts
 from .errors import UserError
 from .execute import check_data, execute
+from .files import made_directory
 from .finish import result_table
 from .inputs import Wanted, advice, check_two_classes, obtain, other_sources
 from .locks import lock, sweep_all
@@ -86,20 +87,9 @@ def _occupied(directory: Path) -> Iterator[Callable[[], None]]:
         raise UserError(f"{directory} is a file; a run needs a directory of its own: choose another --out")
     if (directory / ARTIFACTS).exists() and not (directory / CONFIG).exists():
         raise UserError(f"{directory} holds prepared data; a run needs a directory of its own: choose another --out")
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {directory}: {error.strerror or error}") from error
-    try:
-        with lock(directory / ".lock", str(directory)) as still_here:
-            sweep_all(directory)
-            yield still_here
-    finally:
-        for path in made:
-            if not path.is_dir() or any(path.iterdir()):
-                break
-            path.rmdir()
+    with made_directory(directory, directory), lock(directory / ".lock", str(directory)) as still_here:
+        sweep_all(directory)
+        yield still_here
 
 
 def _begin(directory: Path, request: Request, continued: Continued | None, still_here: Callable[[], None]) -> int:

@@ -61,7 +61,7 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
      "rows.tsv is a file, not a directory"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows.tsv"), "rows.tsv is a file; a run needs"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "rows"), "rows holds prepared data; a run needs a"),
-    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "rows.tsv/run"), "cannot make rows.tsv/run: Not a"),
+    (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "rows.tsv/run"), "cannot write rows.tsv/run: Not"),
     (cli_train, ("--model", "dcnv2", "--data", "rows.tsv", "--out", "new", "--prepared", "new"),
      "--prepared new is the directory of the run; rows need one of their own"),
     (cli_train, ("--model", "dcnv2", "--data", "rows", "--out", "new", "--threads", "100000"),
@@ -88,6 +88,7 @@ FOREIGN = "was prepared by protocol their own version 7; this program knows base
     (cli_eval, ("run", "--input", "rows.tsv", "--predictions", "/dev/null"), "write /dev/null: it is no regular"),
     (cli_report, ("run", "--out", "rows.tsv"), "--out rows.tsv: it is a file; the report needs a directory"),
     (cli_data, ("synth", "--rows", "5", "--out", "/dev/null"), "cannot write /dev/null: it is no regular file"),
+    (cli_data, ("prepare", "--input", "unlabelled.tsv", "--out", "new/deep/p"), "rows without labels cannot be"),
     (cli_data, ("prepare", "--input", "unlabelled.tsv", "--out", "new"), "rows without labels cannot be trained on"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_wrong_place_is_one_sentence_and_leaves_nothing(command, places, tmp_path, module, arguments, sentence):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..files import read_json, sha256
+from ..files import made_directory, read_json, sha256
 from ..locks import claim, lock, release, remove, short_name, sweep, temporary_name
 from .artifacts import FILE, Artifacts
 from .base import Base
@@ -147,10 +147,9 @@ def prepare(
     place = Path(out).resolve()  # "." and links have no name of their own to rename
     try:
         check_out(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    with lock(lock_file(place), str(out)):
+    with made_directory(place.parent, out), lock(lock_file(place), str(out)):
         check_out(place)
         work, claimed = temporary_name(place), None
         try:

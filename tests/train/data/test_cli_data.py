@@ -214,7 +214,7 @@ def test_ctrl_c_and_kill_leave_nothing(start_ctr_data, tmp_path, raw, moment, nu
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code, (stdout, stderr)
     assert stderr.split() == ["ctr-data:", said]
-    assert names(tmp_path / "new") == []
+    assert names(tmp_path) == ["big.tsv", "raw.tsv"]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
