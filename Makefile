@@ -30,7 +30,7 @@ train: setup
 test: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Random damage, kills, surgeries of modules and lives of optimizers, from seeds that are printed; some 10 minutes.
+# Random damage, kills, surgeries of modules and lives of optimizers, from seeds that are printed; some minutes.
 campaign: setup
 	cd tests && ../$(BIN)/python -m campaign
 

@@ -19,7 +19,7 @@ import torch  # noqa: E402 - and all else that the tries need, before the first 
 
 from campaign.commands import fork, wait  # noqa: E402
 
-PARTS = {"rows": 700, "directories": 300, "kills": 200, "modules": 200, "optimizers": 200}  # and their tries
+PARTS = {"rows": 1000, "directories": 500, "kills": 200, "modules": 1000, "optimizers": 1000}  # and their tries
 SECONDS = 300.0  # of a try
 
 
