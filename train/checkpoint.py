@@ -141,8 +141,7 @@ def load_kept(run: Path | str, name: str | None = None) -> tuple[Path, dict[str,
     path = kept_path(run, name)
     content = load_checkpoint(path)
     if name is None and path.name == "last.pt" and content["best"] is not None:
-        raise UserError(f"{path.with_name('best.pt')} is missing, though the run has evaluated and kept the weights of "
-                        f"step {content['best']['step']:,}; ctr-eval --checkpoint last takes those of its last step")
+        raise _lost(path.parent, content, "; ctr-eval --checkpoint last takes those of its last step")
     return path, content
 
 
@@ -163,9 +162,14 @@ def newest_checkpoint(run: Path, model_name: str) -> tuple[str, dict[str, Any]] 
         return None
     name = max(found, key=lambda name: found[name]["step"])
     if found[name]["best"] is not None and "best.pt" not in found:
-        raise UserError(f"{run / 'best.pt'} is missing, though the run has evaluated and kept the weights of step "
-                        f"{found[name]['best']['step']:,}: begin anew with another --out")
+        raise _lost(run, found[name], ": begin anew with another --out")
     return name, found[name]
+
+
+def _lost(run: Path, content: dict[str, Any], remedy: str) -> UserError:
+    """For a best.pt that is not there, though another checkpoint of the run says that it was."""
+    return UserError(f"{run / 'best.pt'} is missing, though the run has evaluated and kept the weights of step "
+                     f"{content['best']['step']:,}{remedy}")
 
 
 def scored_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:

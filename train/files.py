@@ -112,6 +112,12 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
+def check_sha256(path: Path, expected: str, words: str) -> None:
+    """UserError, "PATH has the SHA-256 ..., " and `words`, where the file's bytes have another one."""
+    if (found := sha256(path)) != expected:
+        raise UserError(f"{path} has the SHA-256 {found}, {words}")
+
+
 def sha256(path: Path | str) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -8,14 +8,13 @@ from typing import Any
 
 import click
 
-from .data.artifacts import FILE, MODEL_FIELDS, Artifacts
+from .data.artifacts import MODEL_FIELDS, Artifacts
 from .data.base import Base
-from .data.meter import prepare_with_meter
-from .data.prepare import check_out, lock_file
+from .data.meter import prepare_with_meter, prepared_before
+from .data.prepare import check_out
 from .default_data import default_data
 from .errors import UserError
 from .files import sha256
-from .locks import wait_for
 from .recipes import DEFAULT, preparation_of
 
 SETTINGS = ("valid_ratio", "gold_rows", "split", "folds", "continued", *MODEL_FIELDS)
@@ -80,8 +79,7 @@ def _prepared(wanted: Wanted, out: Path, begun: bool) -> Path:
         raise UserError("--valid-ratio 0: without validation lines there is nothing to evaluate the model on")
     recipe = wanted.recipe or DEFAULT
     arguments = preparation_of(recipe).settings({}) | {k: v for k, v in wanted.options.items() if v is not None}
-    wait_for(lock_file(out), str(out))
-    if (found := _load_if_readable(out, begun)) is not None:
+    if (found := prepared_before(out, needed=begun)) is not None:
         expected = Artifacts(**arguments)
         if wanted.base is not None:
             expected = wanted.base.applied_to(expected)
@@ -101,19 +99,6 @@ def _prepared(wanted: Wanted, out: Path, begun: bool) -> Path:
         shutil.rmtree(out.resolve())
     check_two_classes(found, wanted.paths[0])
     return out
-
-
-def _load_if_readable(out: Path, begun: bool) -> Artifacts | None:
-    """What is prepared in `out`; None without anything, and where it is damaged or of another version: made anew."""
-    if not (out / FILE).exists():
-        return None
-    try:
-        return Artifacts.load(out)
-    except UserError as error:
-        if begun:
-            raise
-        click.echo(f"preparing the rows again: {error}", err=True)
-        return None
 
 
 def other_sources(found: Artifacts, paths: Sequence[Path]) -> list[str]:

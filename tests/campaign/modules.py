@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from plain_layer import plain_layer
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
@@ -158,24 +159,6 @@ def copied(plan: Plan, model: nn.Module, before: list[Surgery], seed: int) -> nn
 
 
 # The models in plain PyTorch, by calls of their children.
-
-def plain_layer(layer: TransformerLayer, x: torch.Tensor) -> torch.Tensor:
-    def attention(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in layer.qkv(x).chunk(3, dim=-1))
-        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-        return layer.out((weights @ v).transpose(1, 2).flatten(2))
-
-    def feed_forward(x: torch.Tensor) -> torch.Tensor:
-        hidden = layer.ffn_in(x)
-        act = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}[layer.activation]
-        return layer.ffn_out(act(hidden))
-
-    if layer.norm == "pre":
-        x = x + attention(layer.attention_norm(x))
-        return x + feed_forward(layer.ffn_norm(x))
-    x = layer.attention_norm(x + attention(x))
-    return layer.ffn_norm(x + feed_forward(x))
-
 
 def plain_rows(embedding: Any, sparse: torch.Tensor) -> torch.Tensor:
     table = embedding.table

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from plain_layer import Doubled
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -26,11 +27,6 @@ class LoRA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x) + x @ self.a.t() @ self.b.t()
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * super().forward(x)
 
 
 class Halved(nn.LayerNorm):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_layer import Doubled, plain_layer
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -39,13 +40,6 @@ class LoRA(nn.Module):
         return self.base(x) + x @ self.a.t() @ self.b.t()
 
 
-class Doubled(nn.Linear):
-    """A subclass of nn.Linear that computes something else."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * super().forward(x)
-
-
 class OwnTensor(torch.Tensor):
     """A weight of another kind, as quantised and distributed ones are."""
 
@@ -55,24 +49,6 @@ class Shifted(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + 0.1
-
-
-def formula(layer: TransformerLayer, x: torch.Tensor) -> torch.Tensor:
-    """The layer by calls of its children and softmax(q k^T / sqrt(d)) v."""
-
-    def attention(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in layer.qkv(x).chunk(3, dim=-1))
-        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
-        return layer.out((weights @ v).transpose(1, 2).flatten(2))
-
-    def feed_forward(x: torch.Tensor) -> torch.Tensor:
-        return layer.ffn_out(nn.functional.gelu(layer.ffn_in(x)))
-
-    if layer.norm == "pre":
-        x = x + attention(layer.attention_norm(x))
-        return x + feed_forward(layer.ffn_norm(x))
-    x = layer.attention_norm(x + attention(x))
-    return layer.ffn_norm(x + feed_forward(x))
 
 
 def replace(name: str, make: Callable[[nn.Module], nn.Module]) -> Callable[[TransformerLayer], None]:
@@ -168,7 +144,7 @@ def results(function: Callable[[torch.Tensor], torch.Tensor], layer: Transformer
 @pytest.mark.parametrize("surgery", SURGERIES)
 def test_changed_children_do_what_they_do(surgery: str, norm: str, kernels: str) -> None:
     layer, expected = build(surgery, norm, kernels), build(surgery, norm, "eager")
-    pairs = zip(results(layer, layer), results(lambda x: formula(expected, x), expected), strict=True)
+    pairs = zip(results(layer, layer), results(lambda x: plain_layer(expected, x), expected), strict=True)
     for found, wanted in pairs:
         assert (found is None) == (wanted is None)
         if found is not None:
@@ -306,7 +282,7 @@ def test_quantized_children_are_called() -> None:
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(layer), {nn.Linear})
     assert type(quantized.ffn_in) is not nn.Linear
     found = quantized(x)
-    torch.testing.assert_close(found, formula(quantized, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, plain_layer(quantized, x), rtol=1e-4, atol=1e-4)
     assert not torch.equal(found, layer(x))
 
 

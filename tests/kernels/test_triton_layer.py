@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parity import SEED, check
+from plain_layer import Doubled
 from torch import nn
 from torch.nn import functional as F
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
@@ -110,11 +111,6 @@ def test_a_layer_has_the_result_of_its_composition(norm: str) -> None:
         layers[0](torch.zeros(1, 65, 32))
     with pytest.raises(TypeError, match="the layer's weight has dtype torch.float32, x has torch.float16"):
         layers[0](torch.zeros(1, 2, 32, dtype=torch.float16))
-
-
-class Doubled(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2.0 * super().forward(x)
 
 
 CHANGED = {

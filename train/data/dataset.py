@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..files import sha256
+from ..files import check_sha256
 from .protocol import NUM_SPARSE
 
 if TYPE_CHECKING:
@@ -176,9 +176,8 @@ def open_verified(directory: Path | str, name: str, artifacts: "Artifacts") -> S
     Raises UserError as `Split`, and where the file is another one than was written.
     """
     split, expected, started = open_split(directory, name), artifacts.outputs[name], time.monotonic()
-    if (checksum := sha256(split.path)) != expected["sha256"]:
-        raise UserError(f"{split.path} has the SHA-256 {checksum}, its artifacts.json says {expected['sha256']}: it "
-                        "was changed or damaged after it was written; prepare the rows again")
+    check_sha256(split.path, expected["sha256"], f"its artifacts.json says {expected['sha256']}: it was changed or "
+                 "damaged after it was written; prepare the rows again")
     if (seconds := time.monotonic() - started) > SHOWN_SECONDS:
         size = split.path.stat().st_size
         click.echo(f"{split.path}: checksum of {size / 1e9:.1f} GB verified in {seconds:.1f} s", err=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import sha256
+from ..files import check_sha256
 from .artifacts import FILE, Artifacts
 from .prepare import SPLITS
 from .protocol import DENSE_NAMES, SPARSE_NAMES
@@ -31,10 +31,8 @@ def inspect(directory: Path | str) -> dict[str, Any]:
         path = Path(directory) / expected["file"]
         if not path.exists():
             raise UserError(f"{path} does not exist, though artifacts.json names it")
-        checksum = sha256(path)
-        if checksum != expected["sha256"]:
-            raise UserError(f"{path} has the SHA-256 {checksum}, artifacts.json says {expected['sha256']}: the file "
-                            "was changed; prepare it again")
+        check_sha256(path, expected["sha256"], f"artifacts.json says {expected['sha256']}: the file was changed; "
+                     "prepare it again")
     return found
 
 

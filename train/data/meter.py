@@ -11,9 +11,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from .artifacts import Artifacts
+from ..errors import UserError
+from ..locks import wait_for
+from .artifacts import FILE, Artifacts
 from .passes import passes
-from .prepare import SPLITS, prepare
+from .prepare import SPLITS, lock_file, prepare
 
 LINE_SECONDS = 10.0  # between progress lines where stderr is no terminal
 
@@ -38,6 +40,23 @@ def prepare_with_meter(inputs: Sequence[Path], out: Path, *, to_stdout: bool = F
         click.echo(f"{found.skipped_lines:,} of {lines:,} lines are bad and skipped, the first: {found.first_skipped}",
                    err=not to_stdout)
     return found
+
+
+def prepared_before(out: Path, *, needed: bool = False) -> Artifacts | None:
+    """What is prepared in `out`, once no other process works on it; None without anything.
+
+    None, too, with a line, where it is damaged or of another version and may be made anew; UserError if it is `needed`.
+    """
+    wait_for(lock_file(out), str(out))
+    if not (out / FILE).exists():
+        return None
+    try:
+        return Artifacts.load(out)
+    except UserError as error:
+        if needed:
+            raise
+        click.echo(f"preparing the rows again: {error}", err=True)
+        return None
 
 
 def _is_same(file: Path, other: Path) -> bool:

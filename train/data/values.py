@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..files import sha256
+from ..files import check_sha256, sha256
 from .protocol import NUM_SPARSE
 
 FILE = "values.arrow"
@@ -153,9 +153,7 @@ def check_file(path: Path, entry: dict[str, Any]) -> None:
     """UserError where values.arrow is missing, or is not the one that `entry` describes."""
     if not path.exists():
         raise UserError(f"{path} does not exist: features of rare values or history need it")
-    if (checksum := sha256(path)) != entry["sha256"]:
-        raise UserError(f"{path} has the SHA-256 {checksum}, {entry['sha256']} is expected: it was changed or belongs "
-                        "to other data")
+    check_sha256(path, entry["sha256"], f"{entry['sha256']} is expected: it was changed or belongs to other data")
 
 
 def history_features(counts: np.ndarray, clicks: np.ndarray, rows: np.ndarray, clicked: np.ndarray) -> np.ndarray:
