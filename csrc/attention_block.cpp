@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_block(Tensor x, std::optional<Tenso
   out.around = streams(y);
 
   const Parts parts(x);
-  const KernelTable &kernels = kernels_for(16), &heads = kernels_for(attention.head_dim);
+  const KernelTable &kernels = kernels_for(16), &heads = attention_kernels(attention.head_dim);
   torch::stable::parallel_for(0, parts.number, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Part part = parts[i];
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_blo
   Tensor sums = new_output({std::max<int64_t>(tasks, 1), size}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   if (tasks == 0) std::fill_n(data, size, 0.0f);
-  const KernelTable &kernels = kernels_for(16), &heads = kernels_for(width);
+  const KernelTable &kernels = kernels_for(16), &heads = attention_kernels(width);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
     const int64_t most = parts.at_once * fields;  // tokens
     const AlignedFloats grad_attended(most * dim), grad_qkv(most * 3 * dim);

@@ -15,8 +15,9 @@ namespace ctr {
 Tensor dropout_mask(int64_t rows, int64_t width, int64_t threshold, Tensor seed);
 Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
                        std::optional<Tensor> seed);
-Tensor field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale,
-                                double dropout_p, std::optional<Tensor> seed);
+std::tuple<Tensor, Tensor, Tensor> field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
+                                                            int64_t num_heads, double scale, double dropout_p,
+                                                            std::optional<Tensor> seed);
 Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
                               std::optional<Tensor> seed);
 Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale,
