@@ -52,8 +52,6 @@ Tensor third(const Tensor& qkv, int64_t which, int64_t width) {
 
 }  // namespace
 
-const KernelTable& attention_kernels(int64_t head_dim) { return kernels_for(head_dim <= 4 ? 4 : head_dim <= 8 ? 8 : 16); }
-
 AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
                                const std::optional<Tensor>& seed) {
   const int64_t width = packed_width(qkv);
@@ -67,7 +65,7 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
   Tensor out = new_output({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   args.out = strided(out);
   args.around = args.head_dim % 16 == 0 && streams(out);
-  const KernelTable& kernels = attention_kernels(args.head_dim);
+  const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
     kernels.attention_forward(args, first, last);
   });
@@ -88,7 +86,7 @@ void backward_into(AttentionArgs& args, const Tensor& grad_out, const Tensor& q,
   args.dk = strided(dk);
   args.dv = strided(dv);
   args.around = around && args.head_dim % 16 == 0;
-  const KernelTable& kernels = attention_kernels(args.head_dim);
+  const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, args.samples, 16, [&](int64_t first, int64_t last) {
     kernels.attention_backward(args, first, last);
   });

@@ -8,7 +8,4 @@ namespace ctr {
 AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
                                const std::optional<Tensor>& seed);
 
-// The kernels for heads of that width; any vectors do, the head is padded with zeros to whole ones.
-const KernelTable& attention_kernels(int64_t head_dim);
-
 }  // namespace ctr
