@@ -1,7 +1,7 @@
 // ctr::field_attention and its backward on CPUs: checks, outputs, and the samples shared among threads.
-#include "attention.h"
-
 #include <tuple>
+
+#include "attention.h"
 
 namespace ctr {
 namespace {

@@ -8,7 +8,7 @@ from torch import nn
 from ctr_kernels import BackendUnavailable, low_rank_cross
 from ctr_kernels.backend import CHOICES, resolve
 from ctr_kernels.checks import autocast_enabled, without_autocast
-from ctr_kernels.cross import cross_limits
+from ctr_kernels.cross.operator import supports
 from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
 
 from .checks import check_choice
@@ -108,7 +108,7 @@ class LowRankCross(nn.Module):
         if reason is not None:  # parameters of another dtype or device are an error in either way
             resolve(self.kernels, x.device, "low_rank_cross")
             return reason
-        backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: cross_limits(of, width, rank))
+        backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: supports(of, width, rank))
         return f"kernels={self.kernels!r} is eager here" if backend == "eager" else None
 
     def _unlike_the_kernels(self, x0: torch.Tensor, x: torch.Tensor) -> str | None:
@@ -121,10 +121,18 @@ class LowRankCross(nn.Module):
             return f"x0 is {x0.dtype} on {x0.device}, x {x.dtype} on {x.device}"
         return None
 
+    def operations(self, _: int) -> dict[str, str]:
+        """The backend of the layer on rows in the dtype and on the device of its parameters."""
+        row = self._row()
+        called = self._why_not_fused(row, row) is not None
+        return {"low_rank_cross": "eager" if called else resolve(self.kernels, row.device, "low_rank_cross", row.dtype)}
+
+    def _row(self) -> torch.Tensor:
+        return next(self.parameters(), torch.empty(0)).new_empty(0, self.width)
+
     def extra_repr(self) -> str:
-        parameter = next(self.parameters(), torch.empty(0))
         try:
-            row = parameter.new_empty(0, self.width)
+            row = self._row()
             reason = self._why_not_fused(row, row)
         except (BackendUnavailable, TypeError, ValueError) as error:
             reason = str(error)

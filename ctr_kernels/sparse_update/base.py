@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from .checks import check_gradient, check_options, choose_backend
-from .native import update_native
+from .operator import update_native
 from .plan import take_plan
 from .reference import update_reference
 from .rule import Rule

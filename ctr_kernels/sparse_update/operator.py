@@ -1,11 +1,18 @@
-"""The native lookup and the native row updates."""
+"""`ctr::embedding_lookup` and the native row updates."""
 
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..library import LIBRARY
 from .rule import RULES, RowState, Rule, mark_written
+
+
+def lookup_in_graph(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight[ids] in a graph of torch.compile; the gradient of weight is the sparse (ids, rows), not coalesced."""
+    rows: torch.Tensor = torch.ops.ctr.embedding_lookup(weight, ids.contiguous(), False)
+    return rows.to(dtype)
 
 
 def lookup_native(weight: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -39,6 +46,23 @@ def _fake_lookup(weight: torch.Tensor, ids: torch.Tensor, widen: bool) -> torch.
     return torch.empty(*ids.shape, weight.shape[1], dtype=dtype, device=weight.device)
 
 
+def _lookup(weight: torch.Tensor, ids: torch.Tensor, widen: bool) -> torch.Tensor:
+    rows = F.embedding(ids, weight)
+    return rows.float() if widen else rows
+
+
+def _save_lookup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    weight, ids, _ = inputs
+    ctx.save_for_backward(ids)
+    ctx.table = weight.shape
+
+
+def _backward_lookup(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    (ids,) = ctx.saved_tensors
+    indices, rows = ids.reshape(1, -1).long(), grad.reshape(-1, ctx.table[1])
+    return torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False), None, None
+
+
 def _fake_update(*_: Any) -> None:
     return None
 
@@ -51,5 +75,7 @@ def _update_in_place(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
 
 
 LIBRARY.impl("sparse_update", _update_in_place, "ADInplaceOrView", with_keyset=True)
+LIBRARY.impl("embedding_lookup", _lookup, "CompositeExplicitAutograd")  # where there is no kernel of its own
 torch.library.register_fake("ctr::embedding_lookup", _fake_lookup, lib=LIBRARY)
+torch.library.register_autograd("ctr::embedding_lookup", _backward_lookup, setup_context=_save_lookup, lib=LIBRARY)
 torch.library.register_fake("ctr::sparse_update", _fake_update, lib=LIBRARY)
