@@ -9,10 +9,18 @@ from ..library import LIBRARY, implement_in_triton, last_dim_contiguous, no_doub
 Tensor = torch.Tensor
 MAX_FIELDS = 64
 HEAD_DIMS = (8, 16, 32, 64)
+NATIVE_MAX = 128  # fields, and width of a head: kernels.h
 
 
 def supports(backend: str, queries: int, fields: int, dim: int, num_heads: int) -> str | None:
     """Why the kernels of `backend` do not take `queries` over `fields` tokens of `dim` in that many heads, or None."""
+    if backend == "native":
+        if not 1 <= fields <= NATIVE_MAX:
+            return f"F={fields} fields; 1 to {NATIVE_MAX} are supported"
+        if num_heads < 1 or dim % num_heads:
+            return f"D={dim} is not divisible into num_heads={num_heads}"
+        width = dim // num_heads
+        return None if 1 <= width <= NATIVE_MAX else f"D / num_heads = {width}; 1 to {NATIVE_MAX} are supported"
     if not 1 <= fields <= MAX_FIELDS:
         return f"F={fields} fields; 1 to {MAX_FIELDS} are supported"
     if queries != fields:
