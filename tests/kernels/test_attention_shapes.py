@@ -23,7 +23,8 @@ HEAD_DIMS = (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 128)
 FIELDS = (1, 2, 24, 27, 40, 64, 65, 100, 128)
 PAGE = mmap.PAGESIZE
 
-properties = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+properties = settings(max_examples=60, deadline=None, derandomize=True,
+                      suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def attention_inputs(batch: int, queries: int, fields: int, width: int, dtype: torch.dtype = torch.float32) -> Tensors:
@@ -79,8 +80,9 @@ def test_any_strides(fused: str, head_dim: int, queries: int) -> None:
     torch.manual_seed(3)
     x = torch.randn(5, 40, 2 * head_dim)
     column, sample = x[:, :1].expand(x.shape), x[:1].expand(x.shape)
-    for k, v in [(column, x), (sample, column), (x.transpose(0, 1).contiguous().transpose(0, 1), x)]:
-        check_attention(fused, [x[:, :queries], k, v], 2)
+    turned = torch.randn(40, 5, 2 * head_dim).transpose(0, 1)
+    for k, v in [(column, x), (turned, sample), (x[:, ::2], turned[:, ::2])]:
+        check_attention(fused, [torch.randn(5, 40, 3 * head_dim)[:, :queries, head_dim:], k, v], 2)
         check_attention(fused, [sample[:, :queries], k, v], 2)
 
 
@@ -162,8 +164,8 @@ def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, drop
 @pytest.mark.parametrize("queries", [0, 1, 3])
 @pytest.mark.parametrize("norm", ["pre", None])
 @pytest.mark.parametrize(("batch", "fields", "dim", "heads", "head_dim"), [
-    (0, 27, 64, 4, 16), (3, 27, 64, 4, 16), (2, 40, 192, 8, 24), (9, 33, 20, 3, 7), (7, 5, 7, 2, 64),
-    (5, 24, 40, 2, 20), (2, 100, 64, 4, 16), (30, 39, 24, 2, 12), (4, 3, 1, 1, 2)])
+    (0, 27, 64, 4, 16), (3, 27, 64, 4, 16), (2, 40, 192, 8, 24), (19, 33, 20, 3, 7), (17, 5, 7, 2, 64),
+    (5, 24, 40, 2, 20), (2, 100, 64, 4, 16), (30, 39, 24, 2, 12), (40, 3, 12, 1, 1)])
 def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                       queries: int) -> None:
     torch.manual_seed(dim)
@@ -172,7 +174,7 @@ def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int,
 
 
 @properties
-@given(st.integers(0, 4), st.integers(1, 128), st.integers(8, 100), st.integers(1, 3), st.integers(2, 40),
+@given(st.sampled_from([0, 8, 16, 17]), st.integers(1, 128), st.integers(16, 100), st.integers(1, 3), st.integers(2, 40),
        st.sampled_from(["pre", None]), st.integers(0, 4), st.integers(0, 2**32))
 def test_half_of_any_shape(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                            queries: int, seed: int) -> None:
