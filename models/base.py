@@ -41,8 +41,9 @@ class CTRModel(nn.Module):
         return list(dict.fromkeys(table.weight for table in tables.values()))
 
     def operations(self) -> dict[str, str]:
-        """Operation -> the backend that runs it, or those of several modules ("eager, native"), as the model is now: its
-        device, dtype, autocast and children. "eager" is also an operation composed of PyTorch's own.
+        """Operation -> the backend that runs it, or those of several modules ("eager, native").
+
+        As the model is now: its device, dtype, autocast and children. "eager": also what is composed of PyTorch's own.
         """
         tokens = next((module.num_tokens for module in self.modules() if hasattr(module, "num_tokens")), 1)
         found: dict[str, set[str]] = {}
