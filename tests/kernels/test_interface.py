@@ -111,8 +111,8 @@ def test_triton_on_a_cpu_is_a_clear_error() -> None:
         field_attention(*[x(1, 2, 8)] * 3, num_heads=1, kernels="triton")
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+def python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, **environment}, timeout=60)
 
 
@@ -162,7 +162,7 @@ print(ctr_kernels.field_attention(q, q, q, num_heads=2).shape)
 ctr_kernels.field_attention(q, q, q, num_heads=2, kernels="native")
 """
     operators.write_text(operators.read_text().replace("int num_heads", "int heads"))
-    done = python(code, PYTHONPATH=str(tmp_path))
+    done = python(code, tmp_path)  # the folder it runs in is where packages are found first
     reason = "was built from another version of the sources than these Python files; run `pip install"
     assert reason in done.stdout and "torch.Size([2, 5, 16])" in done.stdout
     assert "BackendUnavailable: kernels='native' cannot run: _native" in done.stderr and reason in done.stderr
