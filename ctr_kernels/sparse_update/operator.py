@@ -46,7 +46,8 @@ def update(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Ru
     else:
         lr = float(rule.lr)
     first, second = state.first if rule.name != "sgd" else None, state.second if rule.name == "lazy-adam" else None
-    torch.ops.ctr.sparse_update(weight, first, second, state.last, ids.contiguous(), rows.contiguous() if native else rows,
+    rows = rows.contiguous() if native else rows
+    torch.ops.ctr.sparse_update(weight, first, second, state.last, ids.contiguous(), rows,
                                 None if plan is None else plan.sorted_ids, None if plan is None else plan.order,
                                 RULES.index(rule.name), lr, lr_on_device, rule.weight_decay, rule.eps, rule.beta1,
                                 rule.beta2, state.step, state.seed)
