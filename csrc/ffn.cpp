@@ -25,12 +25,12 @@ class Floats {
 };
 
 struct Weights {
-  const Tensor &w1, &b1, &w2, &b2;
+  const Tensor &w1, &b1, &w2;
   const std::optional<Tensor>&gamma, &beta;  // of the norm, if there is one
 };
 
 struct Packed {
-  AlignedFloats w1t, b1, w2t, b2, w1, w2, gamma, beta;  // padded with zeros; see FfnArgs
+  AlignedFloats w1t, b1, w2t, w1, w2, gamma, beta;  // padded with zeros; see FfnArgs
 };
 
 AlignedFloats padded_vector(const Tensor& t, int64_t count) {
@@ -52,7 +52,6 @@ Packed pack(const FfnArgs& args, const Weights& weights, bool backward) {
   Packed p;
   p.w1t = AlignedFloats::zeros(halves * padded * dim);
   p.b1 = AlignedFloats::zeros(halves * padded);
-  p.b2 = padded_vector(weights.b2, dp);
   if (weights.gamma.has_value()) {
     p.gamma = padded_vector(*weights.gamma, dp);
     p.beta = padded_vector(*weights.beta, dp);
@@ -86,7 +85,6 @@ void use(FfnArgs& args, const Packed& p) {
   args.w1t = p.w1t.data();
   args.b1 = p.b1.data();
   args.w2t = p.w2t.data();
-  args.b2 = p.b2.data();
   args.w1 = p.w1.data();
   args.w2 = p.w2.data();
   args.norm.gamma = p.gamma.data();
@@ -111,9 +109,7 @@ FfnArgs ffn_args(const Tensor& x, const Weights& weights, int64_t norm, double e
   check_shape(weights.w1, {args.halves * args.hidden, args.dim}, "w1");
   check_shape(weights.b1, {args.halves * args.hidden}, "b1");
   check_shape(weights.w2, {args.dim, args.hidden}, "w2");
-  check_shape(weights.b2, {args.dim}, "b2");
-  for (const Tensor* t : {&weights.w1, &weights.b1, &weights.w2, &weights.b2})
-    check_type(*t, x.scalar_type(), "a weight");
+  for (const Tensor* t : {&weights.w1, &weights.b1, &weights.w2}) check_type(*t, x.scalar_type(), "a weight");
   STD_TORCH_CHECK(norm == kNone || norm == kPre || norm == kNormed, "norm=", norm,
                   "; the native kernels know 0 (none), 1 (pre) and 3 (normed)");
   const bool given = weights.gamma.has_value() && weights.beta.has_value();
@@ -166,10 +162,14 @@ Tensor as_type(const Tensor& t, ScalarType type) { return type == ScalarType::Fl
 std::tuple<Tensor, Tensor> ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, std::optional<Tensor> norm_weight,
                                std::optional<Tensor> norm_bias, int64_t norm, double eps, int64_t activation,
                                double dropout_p, std::optional<Tensor> seed) {
-  const Weights weights{w1, b1, w2, b2, norm_weight, norm_bias};
+  const Weights weights{w1, b1, w2, norm_weight, norm_bias};
   FfnArgs args = ffn_args(x, weights, norm, eps, activation, dropout_p, seed);
+  check_shape(b2, {args.dim}, "b2");
+  check_type(b2, x.scalar_type(), "b2");
   const Packed packed = pack(args, weights, false);
+  const AlignedFloats bias = padded_vector(b2, args.dp);
   use(args, packed);
+  args.b2 = bias.data();
   Tensor y = new_output({args.tokens, args.dim}, x.scalar_type());
   args.out = y.mutable_data_ptr();
   const KernelTable& kernels = kernels_for(args.dp);
@@ -181,10 +181,10 @@ std::tuple<Tensor, Tensor> ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor
 
 // Gradients of x, w1, b1, w2, b2, and fp32 [2, D] of the norm's weight and bias.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
-    Tensor grad_out, Tensor x, std::optional<Tensor> z, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+    Tensor grad_out, Tensor x, std::optional<Tensor> z, Tensor w1, Tensor b1, Tensor w2,
     std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t norm, double eps, int64_t activation,
     double dropout_p, std::optional<Tensor> seed) {
-  const Weights weights{w1, b1, w2, b2, norm_weight, norm_bias};
+  const Weights weights{w1, b1, w2, norm_weight, norm_bias};
   FfnArgs args = ffn_args(x, weights, norm, eps, activation, dropout_p, seed);
   check_shape(grad_out, {args.tokens, args.dim}, "grad_out");
   check_type(grad_out, x.scalar_type(), "grad_out");

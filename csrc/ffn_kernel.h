@@ -117,7 +117,7 @@ void differentiate_slice(float* made, float* grad, Dropping* dropping, const Sli
       if constexpr (is_gated(kActivation)) {
         const Vec passed = load(a);
         store(a, g * h.value);
-        store(b, g * passed * h.slope);
+        store(b, g * h.slope * passed);  // in this order 0 where the slope is, however large the rest
         h.value *= passed;
       } else {
         store(a, g * h.slope);
