@@ -16,14 +16,14 @@ TRITON_MAX_HIDDEN = 2**21  # offsets into weights and partial sums, up to 2^29, 
 
 def supports(backend: str, dim: int, hidden: int, activation: str, norm: str | None = None) -> str | None:
     """Why the kernels of `backend` do not take these widths, that activation and that norm; None if they do."""
-    if activation in GATED:
+    if backend == "triton" and activation in GATED:
         return f"activation={activation!r} has no kernels"
     if norm == ("post" if backend == "native" else "normed"):
         return f"norm={norm!r} has no kernels"
-    if hidden < 8 or hidden % 8:
-        return f"hidden={hidden}; a positive multiple of 8 is needed"
-    if dim < 1:
-        return f"D={dim}; at least 1 is needed"
+    if backend == "triton" and hidden % 8:
+        return f"hidden={hidden}; kernels='triton' takes multiples of 8"
+    if dim < 1 or hidden < 1:
+        return f"D={dim}, hidden={hidden}; at least 1 is needed"
     if backend == "triton" and dim > TRITON_MAX_DIM:
         return f"D={dim}; kernels='triton' takes up to {TRITON_MAX_DIM}"
     if backend == "triton" and hidden > TRITON_MAX_HIDDEN:
