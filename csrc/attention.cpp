@@ -4,11 +4,7 @@
 #include "attention.h"
 
 namespace ctr {
-namespace {
 
-Strided strided(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
-
-// Everything but the outputs, checked.
 AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, int64_t num_heads, double scale,
                              double dropout_p, const std::optional<Tensor>& seed) {
   AttentionArgs args{};
@@ -41,22 +37,8 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   return args;
 }
 
-int64_t packed_width(const Tensor& qkv) {
-  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be [B, F, 3 E]");
-  return qkv.size(2) / 3;
-}
-
-Tensor third(const Tensor& qkv, int64_t which, int64_t width) {
-  return torch::stable::narrow(const_cast<Tensor&>(qkv), 2, which * width, width);
-}
-
-}  // namespace
-
-AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
-                               const std::optional<Tensor>& seed) {
-  const int64_t width = packed_width(qkv);
-  return attention_args(third(qkv, 0, width), third(qkv, 1, width), third(qkv, 2, width), num_heads, scale, dropout_p,
-                        seed);
+Tensor columns_of(const Tensor& projection, int64_t which, int64_t width) {
+  return torch::stable::narrow(const_cast<Tensor&>(projection), 2, which * width, width);
 }
 
 Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double scale, double dropout_p,
@@ -73,6 +55,11 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
 }
 
 namespace {
+
+int64_t packed_width(const Tensor& qkv) {
+  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be [B, F, 3 E]");
+  return qkv.size(2) / 3;
+}
 
 // Gradients into tensors of q's, k's and v's shapes.
 void backward_into(AttentionArgs& args, const Tensor& grad_out, const Tensor& q, const Tensor& dq, const Tensor& dk,
@@ -109,17 +96,18 @@ std::tuple<Tensor, Tensor, Tensor> field_attention_backward(Tensor grad_out, Ten
 Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
                               std::optional<Tensor> seed) {
   const int64_t width = packed_width(qkv);
-  return field_attention(third(qkv, 0, width), third(qkv, 1, width), third(qkv, 2, width), num_heads, scale, dropout_p,
-                         seed);
+  return field_attention(columns_of(qkv, 0, width), columns_of(qkv, 1, width), columns_of(qkv, 2, width), num_heads,
+                         scale, dropout_p, seed);
 }
 
 Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale,
                                        double dropout_p, std::optional<Tensor> seed) {
   const int64_t width = packed_width(qkv);
-  AttentionArgs args = packed_attention(qkv, num_heads, scale, dropout_p, seed);
+  const Tensor q = columns_of(qkv, 0, width), k = columns_of(qkv, 1, width), v = columns_of(qkv, 2, width);
+  AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
   Tensor grads = new_output({args.samples, args.keys, 3 * width}, qkv.scalar_type());
-  const Tensor dq = third(grads, 0, width), dk = third(grads, 1, width), dv = third(grads, 2, width);
-  backward_into(args, grad_out, third(qkv, 0, width), dq, dk, dv, streams(grads));
+  backward_into(args, grad_out, q, columns_of(grads, 0, width), columns_of(grads, 1, width),
+                columns_of(grads, 2, width), streams(grads));
   return grads;
 }
 

@@ -75,24 +75,25 @@ struct FfnGradients {
 
 constexpr int64_t kLinearTile = 96;  // tokens of a tile
 
-// in and out are multiples of 16; all memory fp32 and contiguous.
+// in_p and out_p are in and out rounded up to 16. [tokens, ...] memory is fp32 and contiguous; weights, bias and norm are
+// padded with zeros.
 struct LinearArgs {
-  int64_t tokens, in, out;
+  int64_t tokens, in, in_p, out, out_p;
   const float* x;       // [tokens, in]
-  const float* weight;  // forward: [in, out], W transposed; backward: [out, in], W
-  const float* bias;    // [out], forward only
+  const float* weight;  // forward: [in, out_p], W transposed; backward: [out, in_p], W
+  const float* bias;    // [out_p], forward only
   float* y;             // [tokens, out]; backward: the gradient of y, only read
   float* grad_x;        // [tokens, in], backward only
   NormArgs norm;        // of x
   const float* residual;  // forward: [tokens, out], added to y; backward: [tokens, in], added to grad_x
-  bool around;            // y or grad_x is written around the caches
+  bool around;            // y or grad_x, in whole lines, is written around the caches
 };
 
 // Sums over the tokens of one task; zero at the start.
 struct LinearGradients {
-  float *weight;        // [out, in]
-  float *bias;          // [out]
-  float *gamma, *beta;  // [in]
+  float *weight;        // [out, in_p]
+  float *bias;          // [out], in whole vectors
+  float *gamma, *beta;  // [in_p]
 };
 
 constexpr int64_t kCrossTile = 32, kCrossBackwardTile = 64;  // rows of a tile

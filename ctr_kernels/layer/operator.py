@@ -14,12 +14,10 @@ TRITON_MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multipr
 def supports(backend: str, dim: int, width: int, norm: str | None, queries: int = 0) -> str | None:
     """Why the kernels of `backend` do not take tokens of `dim`, heads of `width` together, that norm ("pre", "post" or
     None) and that many queries (0: all tokens); None if they do."""
-    if backend == "native" and norm == "post":
-        return "norm='post' has no kernels"
+    if backend == "native":
+        return "norm='post' has no kernels" if norm == "post" else None
     if queries or width != dim:
         return f"{queries} queries and heads of {width} columns for tokens of {dim} have no kernels"
-    if backend == "native" and dim % 16:
-        return f"D={dim}; a multiple of 16 is needed"
     if backend == "triton" and norm is None:
         return "a half without a norm has no kernels"
     if backend == "triton" and dim > TRITON_MAX_DIM:
