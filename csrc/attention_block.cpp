@@ -16,11 +16,11 @@ constexpr int64_t kTokensAtOnce = 3 * kLinearTile;
 
 Strided strided(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1)}; }
 
-// Without a gamma there is no norm.
-NormArgs optional_norm(const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps,
+NormArgs optional_norm(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t norm, double eps,
                        int64_t width) {
-  if (!gamma.has_value() || !beta.has_value()) return {nullptr, nullptr, 0.0f};
-  return norm_args(*gamma, *beta, eps, width);
+  if (norm == 0) return {nullptr, nullptr, 0.0f};
+  STD_TORCH_CHECK(weight.has_value() && bias.has_value(), "norm=", norm, " needs a weight and a bias");
+  return norm_args(*weight, *bias, eps, width);
 }
 
 // A projection from width `in` to `out` of x [B, F, in].
@@ -73,11 +73,13 @@ AlignedFloats transposed(const float* weight, int64_t out, int64_t in) {
 
 }  // namespace
 
-// x + out(attention(qkv(LN(x)))) for x [B, F, D], and what its backward keeps: qkv [B, F, 3 D], attended [B, F, D].
-std::tuple<Tensor, Tensor, Tensor> attention_block(Tensor x, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-                                                   double eps, Tensor w_qkv, Tensor b_qkv, Tensor w_out, Tensor b_out,
-                                                   int64_t num_heads, double scale, double dropout_p,
-                                                   std::optional<Tensor> seed) {
+// x + out(attention(qkv(X))) for x [B, F, D], X = LN(x) or x (norm 1 and 0), and what its backward keeps: qkv [B, F, 3 D],
+// the heads' output [B, F, D]. queries and norm 2 are not implemented: q and z are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
+    Tensor x, Tensor w_qkv, Tensor b_qkv, Tensor w_out, Tensor b_out, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, int64_t norm, double eps, int64_t num_heads, int64_t queries, double scale,
+    double dropout_p, std::optional<Tensor> seed) {
+  STD_TORCH_CHECK(queries == 0 && (norm == 0 || norm == 1), "queries=", queries, " and norm=", norm, " are unknown");
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, F, D]");
   const int64_t batch = x.size(0), fields = x.size(1), dim = x.size(2), tokens = batch * fields;
   const float* from = floats(x, {batch, fields, dim}, "x");
@@ -85,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_block(Tensor x, std::optional<Tenso
   Tensor attended = new_output({batch, fields, dim}, ScalarType::Float);
   Tensor y = new_output({batch, fields, dim}, ScalarType::Float);
 
-  LinearArgs in = linear_args(from, tokens, dim, 3 * dim, optional_norm(gamma, beta, eps, dim));
+  LinearArgs in = linear_args(from, tokens, dim, 3 * dim, optional_norm(norm_weight, norm_bias, norm, eps, dim));
   const AlignedFloats in_weight = transposed(floats(w_qkv, {3 * dim, dim}, "w_qkv"), 3 * dim, dim);
   in.weight = in_weight.data();
   in.bias = floats(b_qkv, {3 * dim}, "b_qkv");
@@ -117,15 +119,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_block(Tensor x, std::optional<Tenso
       kernels.linear_forward(out_part, 0, tiles_of(out_part));
     }
   });
-  return {y, qkv, attended};
+  return {y, qkv, torch::stable::empty({0}, ScalarType::Float), attended, torch::stable::empty({0}, ScalarType::Float)};
 }
 
-// Gradients of x, gamma, beta (zero without a norm), w_qkv, b_qkv, w_out, b_out. Those of the weights are summed in tasks
-// whose number does not depend on the threads.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
-    Tensor grad_out, Tensor x, Tensor qkv, Tensor attended, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-    double eps, Tensor w_qkv, Tensor w_out, int64_t num_heads, double scale, double dropout_p,
-    std::optional<Tensor> seed) {
+// Gradients of x, w_qkv, b_qkv, w_out, b_out and the norm [2, D]. Those of the weights are summed in tasks whose number
+// does not depend on the threads.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backward(
+    Tensor grad_out, Tensor x, Tensor qkv, Tensor q, Tensor attended, Tensor z, Tensor w_qkv, Tensor w_out,
+    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t norm, double eps, int64_t num_heads,
+    int64_t queries, double scale, double dropout_p, std::optional<Tensor> seed) {
+  STD_TORCH_CHECK(queries == 0 && (norm == 0 || norm == 1), "queries=", queries, " and norm=", norm, " are unknown");
   constexpr int64_t kTasks = 32;
   STD_TORCH_CHECK(x.dim() == 3, "x must be [B, F, D]");
   const int64_t batch = x.size(0), fields = x.size(1), dim = x.size(2), tokens = batch * fields;
@@ -137,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_blo
   out.weight = floats(w_out, {dim, dim}, "w_out");
   out.y = const_cast<float*>(grad);
   AttentionArgs attention = packed_attention(qkv, num_heads, scale, dropout_p, seed);
-  LinearArgs in = linear_args(from, tokens, dim, 3 * dim, optional_norm(gamma, beta, eps, dim));
+  LinearArgs in = linear_args(from, tokens, dim, 3 * dim, optional_norm(norm_weight, norm_bias, norm, eps, dim));
   in.weight = floats(w_qkv, {3 * dim, dim}, "w_qkv");
   in.residual = grad;
   in.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
@@ -188,13 +191,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_blo
     for (int64_t task = 1; task < tasks; ++task)
       for (int64_t i = first; i < last; ++i) data[i] += data[task * size + i];
   });
-  const auto taken = [&](std::vector<int64_t> shape, int which) {
+  const auto taken = [&](std::vector<int64_t> shape, int which, int64_t count) {
     Tensor t = torch::stable::empty(shape, ScalarType::Float);
-    std::copy_n(data + offsets[which], sizes[which], static_cast<float*>(t.mutable_data_ptr()));
+    std::copy_n(data + offsets[which], count, static_cast<float*>(t.mutable_data_ptr()));
     return t;
   };
-  return {grad_x, taken({dim}, 2), taken({dim}, 3), taken({3 * dim, dim}, 0), taken({3 * dim}, 1),
-          taken({dim, dim}, 4), taken({dim}, 5)};
+  Tensor norms = norm == 0 ? torch::stable::empty({0}, ScalarType::Float) : taken({2, dim}, 2, 2 * dim);
+  return {grad_x, taken({3 * dim, dim}, 0, sizes[0]), taken({3 * dim}, 1, sizes[1]), taken({dim, dim}, 4, sizes[4]),
+          taken({dim}, 5, sizes[5]), norms};
 }
 
 }  // namespace ctr

@@ -1,4 +1,4 @@
-// ctr::ffn, ctr::ffn_block and their backward on CPUs: weights packed once a call, tiles shared among threads.
+// ctr::ffn and its backward on CPUs: weights packed once a call, tiles shared among threads.
 #include <cstring>
 #include <tuple>
 
@@ -25,8 +25,8 @@ struct Packed {
   AlignedFloats w1t, b1, w2t, b2, w1, w2;  // padded with zeros
 };
 
-Packed pack(const FfnArgs& args, const Floats& w1, const Floats& b1, const Floats& w2, const Floats& b2,
-            bool backward) {
+// Without b2, which stays zero.
+Packed pack(const FfnArgs& args, const Floats& w1, const Floats& b1, const Floats& w2, bool backward) {
   const int64_t dim = args.dim, dp = args.dp, hidden = args.hidden, padded = args.slices * kFfnSlice;
   Packed p;
   p.w1t = AlignedFloats::zeros(padded * dim);
@@ -38,7 +38,6 @@ Packed pack(const FfnArgs& args, const Floats& w1, const Floats& b1, const Float
   } else {
     p.w2t = AlignedFloats::zeros(padded * dp);
   }
-  for (int64_t d = 0; d < dim; ++d) p.b2[d] = b2[d];
   for (int64_t h = 0; h < hidden; ++h) {
     p.b1[h] = b1[h];
     const int64_t slice = h / kFfnSlice, unit = h % kFfnSlice;
@@ -55,8 +54,8 @@ Packed pack(const FfnArgs& args, const Floats& w1, const Floats& b1, const Float
   return p;
 }
 
-FfnArgs ffn_args(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                 int64_t activation, double dropout_p, const std::optional<Tensor>& seed) {
+FfnArgs ffn_args(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, int64_t activation,
+                 double dropout_p, const std::optional<Tensor>& seed) {
   FfnArgs args{};
   args.type = type_of(x, "x");
   STD_TORCH_CHECK(x.dim() == 2 && w1.dim() == 2, "x is [tokens, D] and w1 [hidden, D]");
@@ -65,8 +64,7 @@ FfnArgs ffn_args(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tens
   check_shape(w1, {hidden, dim}, "w1");
   check_shape(b1, {hidden}, "b1");
   check_shape(w2, {dim, hidden}, "w2");
-  check_shape(b2, {dim}, "b2");
-  for (const Tensor* t : {&w1, &b1, &w2, &b2}) check_type(*t, x.scalar_type(), "a weight");
+  for (const Tensor* t : {&w1, &b1, &w2}) check_type(*t, x.scalar_type(), "a weight");
   STD_TORCH_CHECK(dim >= 1 && hidden >= 8 && hidden % 8 == 0, "hidden=", hidden,
                   "; a positive multiple of 8 is needed");
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation=", activation, "; 0, 1 and 2 are known");
@@ -90,22 +88,29 @@ void use(FfnArgs& args, const Packed& p) {
   args.w2 = p.w2.data();
 }
 
-// ffn_args of half a layer: x [B, F, D] as tokens, with its norm.
-FfnArgs block_args(const Tensor& tokens, const Tensor& gamma, const Tensor& beta, double eps, bool normed_residual,
-                   const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, int64_t activation,
-                   double dropout_p, const std::optional<Tensor>& seed) {
-  FfnArgs args = ffn_args(tokens, w1, b1, w2, b2, activation, dropout_p, seed);
+// ffn_args with the norm of half a layer: 0 none, 1 x + ffn(LN(x)), 3 n + ffn(n) with n = LN(x).
+FfnArgs normed_args(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, int64_t norm,
+                    double eps, int64_t activation, double dropout_p, const std::optional<Tensor>& seed) {
+  FfnArgs args = ffn_args(x, w1, b1, w2, activation, dropout_p, seed);
+  if (norm == 0) return args;
+  STD_TORCH_CHECK(norm == 1 || norm == 3, "norm=", norm, "; 0, 1 and 3 are known here");
+  STD_TORCH_CHECK(norm_weight.has_value() && norm_bias.has_value(), "norm=", norm, " needs a weight and a bias");
   STD_TORCH_CHECK(args.type == Type::f32 && args.dp == args.dim, "D=", args.dim,
                   "; a float32 x and a multiple of 16 are needed");
-  args.norm = norm_args(gamma, beta, eps, args.dim);
-  args.normed_residual = normed_residual;
+  args.norm = norm_args(*norm_weight, *norm_bias, eps, args.dim);
+  args.normed_residual = norm == 3;
   return args;
 }
 
 // y of args.x.
 Tensor forward(FfnArgs& args, const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2,
                const Tensor& b2) {
-  const Packed packed = pack(args, Floats(w1), Floats(b1), Floats(w2), Floats(b2), false);
+  const Floats bias(b2);
+  check_shape(b2, {args.dim}, "b2");
+  check_type(b2, x.scalar_type(), "b2");
+  const Packed packed = pack(args, Floats(w1), Floats(b1), Floats(w2), false);
+  for (int64_t d = 0; d < args.dim; ++d) packed.b2[d] = bias[d];
   use(args, packed);
   Tensor out = new_output({args.tokens, args.dim}, x.scalar_type());
   args.out = out.mutable_data_ptr();
@@ -117,18 +122,18 @@ Tensor forward(FfnArgs& args, const Tensor& x, const Tensor& w1, const Tensor& b
 }
 
 struct Gradients {
-  Tensor x, w1, b1, w2, b2, gamma, beta;
+  Tensor x, w1, b1, w2, b2, norm;
 };
 
-// Those of the weights in fp32. The tokens are cut into a number of tasks that does not depend on the threads, each
+// The tokens are cut into a number of tasks that does not depend on the threads, each
 // with sums of its own, so that the result does not either.
 Gradients backward(FfnArgs& args, const Tensor& grad_out, const Tensor& x, const Tensor& w1, const Tensor& b1,
-                   const Tensor& w2, const Tensor& b2) {
+                   const Tensor& w2) {
   constexpr int64_t kTasks = 32;
   check_shape(grad_out, {args.tokens, args.dim}, "grad_out");
   check_type(grad_out, x.scalar_type(), "grad_out");
   STD_TORCH_CHECK(grad_out.is_contiguous(), "grad_out must be contiguous");
-  const Packed packed = pack(args, Floats(w1), Floats(b1), Floats(w2), Floats(b2), true);
+  const Packed packed = pack(args, Floats(w1), Floats(b1), Floats(w2), true);
   use(args, packed);
   args.grad_out = grad_out.const_data_ptr();
   Tensor gx = new_output({args.tokens, args.dim}, x.scalar_type());
@@ -170,48 +175,40 @@ Gradients backward(FfnArgs& args, const Tensor& grad_out, const Tensor& x, const
       to_b1[h] = row[2 * dp];
     }
   });
-  Tensor gamma = torch::stable::empty({dim}, f32), beta = torch::stable::empty({dim}, f32);
-  float *to_gamma = static_cast<float*>(gamma.mutable_data_ptr()), *to_beta = static_cast<float*>(beta.mutable_data_ptr());
+  const bool normed = args.norm.gamma != nullptr;
+  Tensor norm = normed ? torch::stable::empty({2, dim}, f32) : torch::stable::empty({0}, f32);
+  float* to_norm = normed ? static_cast<float*>(norm.mutable_data_ptr()) : nullptr;
   for (int64_t d = 0; d < dim; ++d) {
     float sums_of[3] = {};
     for (int64_t task = 0; task < tasks; ++task)
       for (int i = 0; i < 3; ++i) sums_of[i] += data[task * size + 2 * matrix + padded + i * dp + d];
     to_b2[d] = sums_of[0];
-    to_gamma[d] = sums_of[1];
-    to_beta[d] = sums_of[2];
+    if (normed) {
+      to_norm[d] = sums_of[1];
+      to_norm[dim + d] = sums_of[2];
+    }
   }
-  return {gx, gw1, gb1, gw2, gb2, gamma, beta};
+  const auto typed = [&](Tensor& t) { return torch::stable::to(t, x.scalar_type()); };
+  return {gx, typed(gw1), typed(gb1), typed(gw2), typed(gb2), norm};
 }
 
 }  // namespace
 
-Tensor ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int64_t activation, double dropout_p,
-           std::optional<Tensor> seed) {
-  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
-  return forward(args, x, w1, b1, w2, b2);
+std::tuple<Tensor, Tensor> ffn(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2,
+                               std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t norm,
+                               double eps, int64_t activation, double dropout_p, std::optional<Tensor> seed) {
+  FfnArgs args =
+      normed_args(x, w1, b1, w2, norm_weight, norm_bias, norm, eps, activation, dropout_p, seed);
+  return {forward(args, x, w1, b1, w2, b2), torch::stable::empty({0}, x.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(Tensor grad_out, Tensor x, Tensor w1, Tensor b1,
-                                                                Tensor w2, Tensor b2, int64_t activation,
-                                                                double dropout_p, std::optional<Tensor> seed) {
-  FfnArgs args = ffn_args(x, w1, b1, w2, b2, activation, dropout_p, seed);
-  const Gradients g = backward(args, grad_out, x, w1, b1, w2, b2);
-  return {g.x, g.w1, g.b1, g.w2, g.b2};
-}
-
-// Half a layer on tokens [N, D]: n = LN(x); x + ffn(n), or n + ffn(n) with normed_residual.
-Tensor ffn_block(Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
-                 Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed) {
-  FfnArgs args = block_args(x, gamma, beta, eps, normed_residual, w1, b1, w2, b2, activation, dropout_p, seed);
-  return forward(args, x, w1, b1, w2, b2);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_block_backward(
-    Tensor grad_out, Tensor x, Tensor gamma, Tensor beta, double eps, bool normed_residual, Tensor w1, Tensor b1,
-    Tensor w2, Tensor b2, int64_t activation, double dropout_p, std::optional<Tensor> seed) {
-  FfnArgs args = block_args(x, gamma, beta, eps, normed_residual, w1, b1, w2, b2, activation, dropout_p, seed);
-  const Gradients g = backward(args, grad_out, x, w1, b1, w2, b2);
-  return {g.x, g.gamma, g.beta, g.w1, g.b1, g.w2, g.b2};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_backward(
+    Tensor grad_out, Tensor x, std::optional<Tensor> z, Tensor w1, Tensor b1, Tensor w2,
+    std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, int64_t norm, double eps, int64_t activation,
+    double dropout_p, std::optional<Tensor> seed) {
+  FfnArgs args = normed_args(x, w1, b1, w2, norm_weight, norm_bias, norm, eps, activation, dropout_p, seed);
+  const Gradients g = backward(args, grad_out, x, w1, b1, w2);
+  return {g.x, g.w1, g.b1, g.w2, g.b2, g.norm};
 }
 
 }  // namespace ctr

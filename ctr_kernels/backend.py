@@ -2,37 +2,35 @@
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .library import NATIVE_ABSENT
+from .library import INTERPRETED, NATIVE_ABSENT
 
 CHOICES = ("auto", "eager", "native", "triton")
+Dtypes = tuple[torch.dtype, ...]
 
-# What the native kernels take; their arithmetic is always fp32.
-NATIVE_DTYPES = {
-    "field_attention": (torch.float32, torch.bfloat16),
-    "ffn": (torch.float32, torch.bfloat16),
-    "low_rank_cross": (torch.float32, torch.bfloat16),
-    "sparse_update": (torch.float32, torch.bfloat16),
+
+class Operation(NamedTuple):
+    """What each fused backend takes of an operation; eager PyTorch takes all."""
+
+    native: Dtypes  # of the CPU kernels, whose arithmetic is always fp32; none: they do not have the operation
+    triton: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    products: bool = True  # whether it multiplies matrices
+
+
+OPERATIONS = {
+    "attention_block": Operation((torch.float32,)),
+    "ffn": Operation((torch.float32, torch.bfloat16)),
+    "field_attention": Operation((torch.float32, torch.bfloat16)),
+    "field_tokens": Operation((), products=False),
+    "low_rank_cross": Operation((torch.float32, torch.bfloat16)),
+    "sparse_update": Operation((torch.float32, torch.bfloat16), products=False),
 }
-
-# What the Triton kernels of every operation take.
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-MATRIX_PRODUCTS = ("field_attention", "ffn", "low_rank_cross")  # operations that multiply matrices
 
 MIN_CAPABILITY = (8, 0)  # of the Triton kernels: their fp32 products need TF32, their bf16 ones bf16 tensor cores
-
-# Operations that each backend implements; `auto` takes the fastest one that has the operation.
-IMPLEMENTED: dict[str, frozenset[str]] = {
-    "eager": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
-    "native": frozenset({"field_attention", "ffn", "low_rank_cross", "sparse_update"}),
-    "triton": frozenset({"field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update"}),
-}
 
 
 class BackendUnavailable(RuntimeError):
@@ -47,10 +45,24 @@ class Backend(NamedTuple):
     operations: tuple[str, ...] = ()
 
 
-def _native() -> Backend:
+def native_absent(device: torch.device) -> str | None:
+    """Why the native kernels do not run on tensors of that device; None if they do."""
     if NATIVE_ABSENT is not None:
-        return Backend(None, NATIVE_ABSENT)
-    return Backend(torch.ops.ctr.select_simd(""), None, tuple(sorted(IMPLEMENTED["native"])))
+        return NATIVE_ABSENT
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 makes the operators run in Triton's interpreter"
+    return None if device.type == "cpu" else f"it runs on CPU tensors, these are on {device}"
+
+
+def _native() -> Backend:
+    reason = native_absent(torch.device("cpu"))
+    if reason is not None:
+        return Backend(None, reason)
+    return Backend(torch.ops.ctr.select_simd(""), None, _operations("native"))
+
+
+def _operations(backend: str) -> tuple[str, ...]:
+    return tuple(name for name in OPERATIONS if _dtypes(backend, name))
 
 
 @functools.cache
@@ -75,7 +87,7 @@ def triton_absent(kind: str, index: int | None) -> str | None:
         if found < MIN_CAPABILITY:
             return f"the device is sm_{found[0]}{found[1]}; the kernels need sm_{MIN_CAPABILITY[0]}{MIN_CAPABILITY[1]}"
         return None
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return None
     if torch.cuda.is_available():
         return f"it runs on CUDA tensors, these are on {kind}"
@@ -88,7 +100,7 @@ def _triton() -> Backend:
     if reason is not None:
         return Backend(None, reason)
     level = "sm_{}{}".format(*_capability(None)) if kind == "cuda" else "interpreter"
-    return Backend(level, None, tuple(sorted(IMPLEMENTED["triton"])))
+    return Backend(level, None, _operations("triton"))
 
 
 def backends() -> dict[str, Backend]:
@@ -100,21 +112,16 @@ def backends() -> dict[str, Backend]:
     >>> backends()["eager"].level is not None
     True
     """
-    eager = Backend(f"torch {torch.__version__}", None, tuple(sorted(IMPLEMENTED["eager"])))
+    eager = Backend(f"torch {torch.__version__}", None, tuple(OPERATIONS))
     return {"native": _native(), "triton": _triton(), "eager": eager}
 
 
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _dtypes(backend: str, operation: str) -> tuple[torch.dtype, ...]:
-    if backend != "triton":
-        return NATIVE_DTYPES[operation]
-    if operation in MATRIX_PRODUCTS and _interpreted():  # products of bf16 matrices are wrong there, by far
-        return (torch.float32, torch.float16)
-    return TRITON_DTYPES
+def _dtypes(backend: str, operation: str) -> Dtypes:
+    if backend == "native":
+        return OPERATIONS[operation].native
+    if OPERATIONS[operation].products and INTERPRETED:  # products of bf16 matrices are wrong there, by far
+        return tuple(dtype for dtype in OPERATIONS[operation].triton if dtype != torch.bfloat16)
+    return OPERATIONS[operation].triton
 
 
 def inside_torch_func() -> bool:
@@ -124,21 +131,21 @@ def inside_torch_func() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+Supports = Callable[[str], str | None]
+
+
 def on_triton(kernels: str, device: torch.device, operation: str, dtype: torch.dtype,
-              limits: "Limits | None" = None) -> bool:
+              supports: Supports | None = None) -> bool:
     """Whether Triton runs `operation`, one that only Triton has fused: the other backends compose it."""
-    return kernels != "native" and resolve(kernels, device, operation, dtype, limits) == "triton"
-
-
-Limits = Callable[[str], str | None]
+    return kernels != "native" and resolve(kernels, device, operation, dtype, supports) == "triton"
 
 
 def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dtype = torch.float32,
-            limits: Limits | None = None) -> str:
+            supports: Supports | None = None) -> str:
     """The backend that runs `operation` on tensors of `device` and `dtype`: "eager", "native" or "triton".
 
-    `limits(backend)` says why that backend does not take the shapes of the call, None if it does. "auto" takes eager
-    whatever the reason is.
+    `supports(backend)` says why that backend does not take the shapes of the call, None if it does. "auto" is the
+    first backend that takes the call, and eager takes all.
 
     Raises ValueError for an unknown name and for shapes that the chosen backend does not take, BackendUnavailable for
     a choice that cannot run here, and TypeError for a dtype that the chosen backend does not take.
@@ -147,29 +154,32 @@ def resolve(kernels: str, device: torch.device, operation: str, dtype: torch.dty
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
     if kernels == "eager":
         return "eager"
-    wanted = kernels
+    wanted = ("triton" if device.type == "cuda" else "native") if kernels == "auto" else kernels
+    refusal = _refusal(wanted, device, operation, dtype, supports)
+    if refusal is None:
+        return wanted
     if kernels == "auto":
-        wanted = "triton" if device.type == "cuda" else "native"
-        if operation not in IMPLEMENTED[wanted]:
-            return "eager"
-        runs = triton_absent(device.type, device.index) is None if wanted == "triton" else (
-            device.type == "cpu" and NATIVE_ABSENT is None)
-        takes = runs and dtype in _dtypes(wanted, operation) and (limits is None or limits(wanted) is None)
-        return wanted if takes and not inside_torch_func() else "eager"
-    reason = NATIVE_ABSENT if wanted == "native" else triton_absent(device.type, device.index)
+        return "eager"
+    error, message = refusal
+    raise error(message)
+
+
+def _refusal(backend: str, device: torch.device, operation: str, dtype: torch.dtype,
+             supports: Supports | None) -> tuple[type[Exception], str] | None:
+    """The error of `resolve` where `backend` does not take the call, as its class and message."""
+    chosen = f"kernels={backend!r}"
+    absent = native_absent(device) if backend == "native" else triton_absent(device.type, device.index)
+    if absent is not None:
+        return BackendUnavailable, f"{chosen} cannot run: {absent}. kernels='eager' runs anywhere"
+    dtypes = _dtypes(backend, operation)
+    if not dtypes:
+        return BackendUnavailable, f"{chosen} has no {operation}; kernels='eager' runs anywhere"
+    if dtype not in dtypes:
+        taken = " and ".join(str(d) for d in dtypes)
+        return TypeError, f"{operation} with {chosen} takes {taken}, not {dtype}; kernels='eager' takes any"
+    reason = None if supports is None else supports(backend)
     if reason is not None:
-        raise BackendUnavailable(f"kernels={wanted!r} cannot run: {reason}. kernels='eager' runs anywhere")
-    if operation not in IMPLEMENTED[wanted]:
-        raise BackendUnavailable(f"kernels={wanted!r} has no {operation} yet; kernels='eager' runs anywhere")
-    if wanted == "native" and device.type != "cpu":
-        raise BackendUnavailable(f"kernels='native' runs on CPU tensors, these are on {device}; use kernels='triton'")
-    if dtype not in _dtypes(wanted, operation):
-        taken = " and ".join(str(d) for d in _dtypes(wanted, operation))
-        raise TypeError(f"{operation} with kernels={wanted!r} takes {taken}, not {dtype}; kernels='eager' takes any")
-    reason = None if limits is None else limits(wanted)
-    if reason is not None:
-        raise ValueError(f"{operation} with kernels={wanted!r}: {reason}. kernels='eager' takes any")
+        return ValueError, f"{operation} with {chosen}: {reason}. kernels='eager' takes any"
     if inside_torch_func():
-        raise BackendUnavailable(f"kernels={wanted!r} has no rules for torch.func (grad, vmap, ...); "
-                                 "use kernels='eager'")
-    return wanted
+        return BackendUnavailable, f"{chosen} has no rules for torch.func (grad, vmap, ...); use kernels='eager'"
+    return None

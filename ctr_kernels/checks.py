@@ -5,19 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_FIELDS = 64
-HEAD_DIMS = (8, 16, 32, 64)
-
-
-def attention_limits(fields: int, dim: int, num_heads: int) -> str | None:
-    """Why the fused kernels do not take attention over `fields` tokens of `dim` in that many heads; None if they do."""
-    if not 1 <= fields <= MAX_FIELDS:
-        return f"F={fields} fields; 1 to {MAX_FIELDS} are supported"
-    if num_heads < 1 or dim % num_heads:
-        return f"D={dim} is not divisible into num_heads={num_heads}"
-    if dim // num_heads not in HEAD_DIMS:
-        return f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}"
-    return None
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

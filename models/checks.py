@@ -2,7 +2,7 @@
 
 import torch
 
-from ctr_kernels.checks import MAX_FIELDS, attention_limits
+from ctr_kernels.attention.operator import MAX_FIELDS, supports
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -33,8 +33,8 @@ def check_attention(dim: int, num_heads: int, num_tokens: int, kernels: str, *, 
     if dim % num_heads:
         raise ValueError(f"width {dim} with num_heads={num_heads} gives heads of width {dim / num_heads:g}; "
                          "num_heads must divide the width")
-    reason = attention_limits(num_tokens, dim, num_heads)
-    if kernels in ("native", "triton") and reason is not None:
+    reason = supports(kernels, num_tokens, num_tokens, dim, num_heads) if kernels in ("native", "triton") else None
+    if reason is not None:
         advice = "kernels='auto' and kernels='eager' take any"
         if spare_cls and num_tokens == MAX_FIELDS + 1:
             advice += ", and pooling='mean' has a token less"

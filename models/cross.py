@@ -8,7 +8,7 @@ from torch import nn
 from ctr_kernels import BackendUnavailable, low_rank_cross
 from ctr_kernels.backend import CHOICES, resolve
 from ctr_kernels.checks import autocast_enabled, without_autocast
-from ctr_kernels.cross import cross_limits
+from ctr_kernels.cross.operator import supports
 from ctr_kernels.fusion import like_input, out_features, plain_linear, weight_and_bias
 
 from .checks import check_choice
@@ -108,7 +108,7 @@ class LowRankCross(nn.Module):
         if reason is not None:  # parameters of another dtype or device are an error in either way
             resolve(self.kernels, x.device, "low_rank_cross")
             return reason
-        backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: cross_limits(of, width, rank))
+        backend = resolve(self.kernels, x.device, "low_rank_cross", x.dtype, lambda of: supports(of, width, rank))
         return f"kernels={self.kernels!r} is eager here" if backend == "eager" else None
 
     def _unlike_the_kernels(self, x0: torch.Tensor, x: torch.Tensor) -> str | None:

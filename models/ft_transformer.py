@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ctr_kernels import TransformerLayer, field_attention
-from ctr_kernels.fusion import like_input
+from ctr_kernels import TransformerLayer
 
 from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
@@ -100,8 +98,8 @@ class FTTransformer(CTRModel):
         check_attention(dim, num_heads, self.tokenizer.num_tokens, kernels, spare_cls=pooling == "cls" and not paper)
         if paper:
             self.layers = nn.ModuleList(
-                ReGLUBlock(dim, num_heads, attention_norm=i > 0, cls_only=i == num_layers - 1,
-                           dropout=dropout, kernels=kernels)
+                paper_block(dim, num_heads, first=i == 0, last=i == num_layers - 1, dropout=dropout,
+                            kernels=kernels)
                 for i in range(num_layers)
             )
             self.head = nn.Sequential(nn.LayerNorm(dim), nn.ReLU(), LogitLinear(dim))
@@ -124,59 +122,20 @@ class FTTransformer(CTRModel):
         return logits if self.shortcut is None else logits + self.shortcut(tokens)
 
 
-class ReGLUBlock(nn.Module):
+def paper_block(dim: int, num_heads: int, *, first: bool, last: bool, dropout: float = 0.0,
+                kernels: str = "auto") -> TransformerLayer:
     """Pre-norm block of the paper: x + attention(LN(x)), then x + W2 (a * relu(b)), (a, b) = W1 LN(x).
 
-    Args:
-        dim, num_heads: width of a token and number of heads.
-        attention_norm: False leaves out the LayerNorm before the attention (the first block).
-        cls_only: only the first token leaves the block (the last block).
-        dropout: on attention weights and on the hidden units of the FFN.
-        kernels: "auto", "eager", "native" or "triton"; for the attention.
+    The first block has no norm before its attention; in the last one only CLS is a query and leaves the block. One head
+    needs no mixing: there is no projection of it then.
 
-    NOTE the paper's last block computes the query of CLS alone. `field_attention` wants q, k and v of one shape, so
-    that all queries are computed and those of the other tokens dropped before the projection: the result is the same.
-    NOTE `ctr_kernels.ffn` has no gated activation, so that the ReGLU FFN is plain PyTorch and keeps its hidden units
-    [B, F, 2 hidden] for the backward pass.
-
-    >>> ReGLUBlock(64, 8, attention_norm=True, cls_only=True)(torch.randn(2, 40, 64)).shape
+    >>> paper_block(64, 8, first=False, last=True)(torch.randn(2, 40, 64)).shape
     torch.Size([2, 1, 64])
     """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        attention_norm: bool,
-        cls_only: bool,
-        dropout: float = 0.0,
-        kernels: str = "auto",
-    ) -> None:
-        super().__init__()
-        check_attention(dim, num_heads, 1, "auto")
-        check_dropout(dropout)
-        hidden = int(dim * (4 / 3))
-        self.num_heads, self.cls_only, self.dropout, self.kernels = num_heads, cls_only, dropout, kernels
-        self.attention_norm = nn.LayerNorm(dim) if attention_norm else None
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim) if num_heads > 1 else None  # one head needs no mixing
-        self.ffn_norm = nn.LayerNorm(dim)
-        self.ffn_in = nn.Linear(dim, 2 * hidden)
-        self.ffn_dropout = nn.Dropout(dropout)
-        self.ffn_out = nn.Linear(hidden, dim)
-        nn.init.zeros_(self.qkv.bias)
-        if self.out is not None:
-            nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, F, dim] -> [B, F, dim], or [B, 1, dim] if cls_only."""
-        normed = x if self.attention_norm is None else self.attention_norm(x)
-        q, k, v = self.qkv(normed).chunk(3, dim=-1)  # strided views, never copied
-        attended = field_attention(q, k, v, num_heads=self.num_heads,
-                                   dropout_p=self.dropout if self.training else 0.0, kernels=self.kernels)
-        if self.cls_only:
-            x, attended = x[:, :1], attended[:, :1]
-        x = x + (attended if self.out is None else like_input("out", self.out(attended), x))
-        a, b = self.ffn_in(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + like_input("ffn_out", self.ffn_out(self.ffn_dropout(a * F.relu(b))), x)
+    block = TransformerLayer(dim, num_heads, int(dim * (4 / 3)), activation="reglu", attention_norm=not first,
+                             out_projection=num_heads > 1, queries=1 if last else None, dropout=dropout,
+                             kernels=kernels)
+    for linear in (block.qkv, block.out):
+        if linear is not None:
+            nn.init.zeros_(linear.bias)
+    return block

@@ -10,7 +10,7 @@ from ctr_kernels.backend import BackendUnavailable, on_triton
 from ctr_kernels.fusion import FORWARDS, plain_linear, plain_module, plain_parameter, replaced_method
 from ctr_kernels.philox import as_seed
 from ctr_kernels.sparse_update.table import check_ids
-from ctr_kernels.tokenizer import token_limits
+from ctr_kernels.tokenizer.operator import supports
 from ctr_kernels.tokenizer.reference import NUMERIC, drop_rows
 
 from .checks import check_choice, check_dropout, check_inputs, check_positive
@@ -225,8 +225,8 @@ class FeatureTokenizer(nn.Module):
             if tensor.dtype != dtype:
                 return f"{name} has {tensor.dtype}, lookups {dtype}"
         if not on_triton(table.kernels, table.weight.device, "field_tokens", dtype,
-                         lambda _: token_limits(table.dim, statistics)):
-            return token_limits(table.dim, statistics)
+                         lambda of: supports(of, table.dim, statistics)):
+            return supports("triton", table.dim, statistics)
         return None
 
     def extra_repr(self) -> str:

@@ -3,9 +3,9 @@
 import torch
 
 from ..backend import resolve
-from ..checks import attention_limits, autocast, same_float
+from ..checks import autocast, same_float
 from ..philox import as_seed, check_dropout
-from .native import field_attention_native, field_attention_packed_native
+from .operator import attention, attention_packed, supports
 from .reference import field_attention_reference
 
 
@@ -20,18 +20,21 @@ def field_attention(
     seed: int | torch.Tensor | None = None,
     kernels: str = "auto",
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v within each row's fields, for each head (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T * scale) v over each row's fields, for each head (Vaswani et al. 2017, eq. 1).
 
     Args:
-        q, k, v: [B, F, D], heads interleaved in D as `nn.Linear` leaves them; any strides, so they may be
-            views of one [B, F, 3D] projection. 0 <= B, 1 <= F; the fused kernels take F <= 64.
-        num_heads: H, a divisor of D; the fused kernels take D / H = 8, 16, 32 or 64.
+        q: [B, Q, D], heads interleaved in D as `nn.Linear` leaves them; any strides.
+        k, v: [B, F, D], as q; q, k and v may be views of one [B, F, 3D] projection. 0 <= B, 1 <= Q, F. Q is F, or
+            the number of the queries that are needed: 1 for a CLS token alone.
+        num_heads: H, a divisor of D.
         scale: factor on the logits; None means 1 / sqrt(D / H). A tensor of one element may have a gradient.
         dropout_p: probability of dropping an attention weight, in [0, 1); the mask is `philox.py`'s.
         seed: 64-bit seed of the mask (int, or int64 tensor [1]); None draws one from torch's generator.
         kernels: "auto", "eager", "native" or "triton".
 
-    Returns: [B, F, D], dtype of q.
+    Returns: [B, Q, D], dtype of q.
+
+    The fused kernels take F and D / H up to 128; "auto" is eager beyond.
 
     Raises ValueError (shapes, limits), TypeError (dtypes), BackendUnavailable (a backend that cannot run).
 
@@ -45,11 +48,8 @@ def field_attention(
     q, factor = _scaled(q, scale, num_heads)
     mask_seed = as_seed(seed, q.device) if dropout_p > 0.0 else None
     backend = resolve(kernels, q.device, "field_attention", q.dtype,
-                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
-    if backend == "triton":
-        from .triton import field_attention_triton as run
-    else:
-        run = field_attention_native if backend == "native" else field_attention_reference
+                      lambda of: supports(of, q.shape[1], k.shape[1], q.shape[2], num_heads))
+    run = field_attention_reference if backend == "eager" else attention
     return run(q, k, v, num_heads, factor, dropout_p, mask_seed)
 
 
@@ -72,17 +72,13 @@ def field_attention_packed(
     q, k, v = qkv.chunk(3, dim=-1)
     _check(q, k, v, num_heads)
     backend = resolve(kernels, qkv.device, "field_attention", qkv.dtype,
-                      lambda _: attention_limits(q.shape[1], q.shape[2], num_heads))
+                      lambda of: supports(of, q.shape[1], k.shape[1], q.shape[2], num_heads))
     if backend == "eager" or isinstance(scale, torch.Tensor):  # which scales q alone
         return field_attention(q, k, v, num_heads=num_heads, scale=scale, dropout_p=dropout_p, seed=seed,
                                kernels=backend)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, qkv.device) if dropout_p > 0.0 else None
-    if backend == "triton":
-        from .triton import field_attention_packed_triton as run
-    else:
-        run = field_attention_packed_native
-    return run(qkv, num_heads, _scaled(q, scale, num_heads)[1], dropout_p, mask_seed)
+    return attention_packed(qkv, num_heads, _scaled(q, scale, num_heads)[1], dropout_p, mask_seed)
 
 
 def _scaled(q: torch.Tensor, scale: float | torch.Tensor | None, num_heads: int) -> tuple[torch.Tensor, float]:
@@ -98,13 +94,14 @@ def _scaled(q: torch.Tensor, scale: float | torch.Tensor | None, num_heads: int)
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> None:
     if q.dim() != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)}; [B, F, D] is needed")
+        raise ValueError(f"q has shape {tuple(q.shape)}; [B, Q, D] is needed")
+    (batch, queries, dim), fields = q.shape, k.shape[1] if k.dim() == 3 else q.shape[1]
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, q has {tuple(q.shape)}; they must agree")
+        if tensor.shape != (batch, fields, dim):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, q has {tuple(q.shape)}, k {tuple(k.shape)}; "
+                             "[B, Q, D] and twice [B, F, D] are needed")
     same_float({"q": q, "k": k, "v": v})
-    _, fields, dim = q.shape
-    if fields < 1:
-        raise ValueError(f"F={fields} fields; at least 1 is needed")
+    if queries < 1 or fields < 1:
+        raise ValueError(f"Q={queries} queries of F={fields} fields; at least 1 is needed")
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"D={dim} is not divisible into num_heads={num_heads}")

@@ -14,18 +14,18 @@ def field_attention_reference(
     dropout_p: float,
     seed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v for each head, [B, F, D] x 3 -> [B, F, D] (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T * scale) v for each head; q [B, Q, D], k, v [B, F, D] -> [B, Q, D] (Vaswani et al. 2017, eq. 1).
 
-    Keeps the [B, H, F, F] map; fused backends must not.
+    Keeps the [B, H, Q, F] map; fused backends must not.
     """
-    batch, fields, dim = q.shape
+    (batch, queries, dim), fields = q.shape, k.shape[1]
 
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(batch, fields, num_heads, dim // num_heads).transpose(1, 2)  # [B, H, F, D/H]
+        return x.reshape(batch, x.shape[1], num_heads, dim // num_heads).transpose(1, 2)  # [B, H, tokens, D/H]
 
     probabilities = torch.softmax(heads(q) @ heads(k).transpose(-1, -2) * scale, dim=-1)
     if dropout_p > 0.0:
         assert seed is not None
-        mask = dropout_mask(batch * num_heads * fields, fields, dropout_p, seed)
+        mask = dropout_mask(batch * num_heads * queries, fields, dropout_p, seed)
         probabilities = probabilities * mask.view_as(probabilities) / (1.0 - dropout_p)
-    return (probabilities @ heads(v)).transpose(1, 2).reshape(batch, fields, dim)
+    return (probabilities @ heads(v)).transpose(1, 2).reshape(batch, queries, dim)

@@ -4,11 +4,8 @@ import torch
 
 from ..backend import resolve
 from ..checks import autocast, same_float
-from .native import low_rank_cross_native
+from .operator import cross, supports
 from .reference import low_rank_cross_reference
-
-TRITON_MAX_RANK = 64
-TRITON_MAX_WEIGHT = 2**29  # elements of U or V: offsets are 32 bits wide
 
 
 def low_rank_cross(
@@ -46,20 +43,9 @@ def low_rank_cross(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x0 {tuple(x0.shape)} and u "
                              f"{tuple(u.shape)} it must be {expected[name]}")
     same_float({"x0": x0, "x": x, "u": u, "v": v, "bias": bias})
-    backend = resolve(kernels, x.device, "low_rank_cross", x.dtype, lambda backend: cross_limits(backend, width, rank))
-    if backend == "triton":
-        from .triton import low_rank_cross_triton as run
-    else:
-        run = low_rank_cross_native if backend == "native" else low_rank_cross_reference
-    return run(x0, x, u, v, bias)
-
-
-def cross_limits(backend: str, width: int, rank: int) -> str | None:
-    """Why the kernels of `backend` do not take a layer of these sizes; None if they do."""
-    if width < 1 or rank < 1:
-        return f"W={width}, R={rank}; both must be at least 1"
-    if backend == "triton" and rank > TRITON_MAX_RANK:
-        return f"R={rank}; kernels='triton' takes up to {TRITON_MAX_RANK}"
-    if backend == "triton" and width * rank > TRITON_MAX_WEIGHT:
-        return f"R W = {width * rank}; kernels='triton' takes up to {TRITON_MAX_WEIGHT}"
-    return None
+    backend = resolve(kernels, x.device, "low_rank_cross", x.dtype, lambda of: supports(of, width, rank))
+    if backend == "eager":
+        return low_rank_cross_reference(x0, x, u, v, bias)
+    if backend == "native":  # its operator takes fp32 alone
+        return cross(*(t.float() for t in (x0, x, u, v, bias))).to(x.dtype)
+    return cross(x0, x, u, v, bias)

@@ -13,7 +13,11 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu}
+# In the order of the operator's argument; the gated ones are a * act(b) of the two halves a | b of the first layer's
+# output (Shazeer 2020), with the act that is given here.
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu": F.relu, "reglu": F.relu,
+                                      "geglu": F.gelu, "swiglu": F.silu}
+GATED = ("reglu", "geglu", "swiglu")
 
 
 def ffn_reference(
@@ -25,14 +29,36 @@ def ffn_reference(
     activation: str,
     dropout_p: float,
     seed: torch.Tensor | None,
+    *,
+    norm: str | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
-    """dropout(act(x w1^T + b1)) w2^T + b2, [..., D] -> [..., D]. Keeps the hidden; fused backends must not."""
-    return F.linear(activate(F.linear(x, w1, b1), activation, dropout_p, seed), w2, b2)
+    """dropout(act(x w1^T + b1)) w2^T + b2, [..., D] -> [..., D]. Keeps the hidden; fused backends must not.
+
+    With a norm, f being this, half a layer: x + f(LN(x)) of "pre", LN(x + f(x)) of "post", n + f(n) with n = LN(x) of
+    "normed".
+    """
+
+    def layer_norm(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+
+    taken = layer_norm(x) if norm in ("pre", "normed") else x
+    out = F.linear(activate(F.linear(taken, w1, b1), activation, dropout_p, seed), w2, b2)
+    if norm is None:
+        return out
+    out = out + (taken if norm == "normed" else x)
+    return layer_norm(out) if norm == "post" else out
 
 
 def activate(hidden: torch.Tensor, activation: str, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
-    """dropout(act(hidden)), [..., hidden] -> the same shape."""
-    hidden = ACTIVATIONS[activation](hidden)
+    """dropout(act(hidden)): [..., hidden] -> the same shape; gated, of a | b [..., 2 hidden], [..., hidden]."""
+    if activation in GATED:
+        a, b = hidden.chunk(2, dim=-1)
+        hidden = a * ACTIVATIONS[activation](b)
+    else:
+        hidden = ACTIVATIONS[activation](hidden)
     if dropout_p > 0.0:
         assert seed is not None
         mask = dropout_mask(hidden.shape[:-1].numel(), hidden.shape[-1], dropout_p, seed)

@@ -1,21 +1,27 @@
 """The transformer layer that FT-Transformer and AutoInt stack, composed of this package's operations."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..attention import field_attention_packed
+from ..attention import field_attention, field_attention_packed
 from ..backend import CHOICES, BackendUnavailable, resolve
 from ..checks import product_dtype
 from ..ffn import ffn
-from ..ffn.reference import ACTIVATIONS, activate
+from ..ffn.reference import ACTIVATIONS, GATED, activate
 from ..fusion import like_input, replaced_method
 from ..philox import as_seed, check_dropout
-from . import native
-from .halves import ffn_half
+from .halves import Norm, fused_attention, fused_ffn, why_attention_is_not_fused, why_ffn_is_not_fused
 
 NORM_CHOICES = ("pre", "post")
+
+
+class Half(NamedTuple):
+    """What runs a half of a layer: a backend, as one operator, or operation by operation for the reason `composed`."""
+
+    backend: str
+    composed: str | None = None
 
 
 class TransformerLayer(nn.Module):
@@ -26,22 +32,31 @@ class TransformerLayer(nn.Module):
 
     Args:
         dim: D, width of a token.
-        num_heads: H, a divisor of D.
+        num_heads: H; without a head_dim a divisor of D.
         ffn_dim: hidden width of the FFN.
-        activation: "gelu" (erf), "gelu_tanh" or "relu".
+        head_dim: width of a head; None is D / H. q, k and v have H * head_dim columns each.
+        norm: "pre" or "post".
+        activation: "gelu" (erf), "gelu_tanh" or "relu"; gated "reglu", "geglu" (erf) or "swiglu", for which ffn_in has
+            2 ffn_dim outputs (see `ffn`).
+        attention_norm: False leaves out the norm before the attention; "pre" only (the first block of FT-Transformer).
+        out_projection: False leaves out the projection of the heads; H * head_dim is then D.
+        queries: only that many tokens, the first ones, are queries and leave the layer (1: a CLS token, in the last
+            block of FT-Transformer); None: all.
         dropout: applied to the attention weights and to the FFN's hidden units while training.
         kernels: "auto", "eager", "native" or "triton".
         device, dtype: of the parameters, as in `nn.Linear`.
 
     A half of the layer (norm, attention, residual; norm, FFN, residual) is one operation where its children are what
     this constructor makes: `nn.Linear` and `nn.LayerNorm` with their own parameters and without hooks, of sizes that
-    the kernels take. Children that were replaced, hooked or changed otherwise are called. A printed layer says of
-    each half whether it is fused, or why it is not.
+    the kernels take. Children that were replaced, hooked or changed otherwise are called. `backends()` and a printed
+    layer say of each half whether it is fused, or why it is not.
 
-    forward: [B, F, D] -> [B, F, D].
+    forward: [B, F, D] -> [B, F, D], or [B, queries, D].
 
     >>> TransformerLayer(64, 4, 256)(torch.randn(2, 27, 64)).shape
     torch.Size([2, 27, 64])
+    >>> TransformerLayer(64, 8, 170, head_dim=16, activation="reglu", queries=1)(torch.randn(2, 40, 64)).shape
+    torch.Size([2, 1, 64])
     """
 
     def __init__(
@@ -50,50 +65,71 @@ class TransformerLayer(nn.Module):
         num_heads: int,
         ffn_dim: int,
         *,
+        head_dim: int | None = None,
         norm: str = "pre",
         activation: str = "gelu",
+        attention_norm: bool = True,
+        out_projection: bool = True,
+        queries: int | None = None,
         dropout: float = 0.0,
         kernels: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choices(norm, activation)
+        _check_choices(norm, activation, queries)
         check_dropout(dropout, "dropout")
-        if num_heads < 1 or dim % num_heads:
+        if head_dim is None and (num_heads < 1 or dim % num_heads):
             raise ValueError(f"dim={dim} is not divisible into num_heads={num_heads}")
+        head_dim = dim // num_heads if head_dim is None else head_dim
+        width = num_heads * head_dim
+        if num_heads < 1 or head_dim < 1:
+            raise ValueError(f"num_heads={num_heads} of head_dim={head_dim}; at least 1 is needed")
+        if not out_projection and width != dim:
+            raise ValueError(f"out_projection=False: {num_heads} heads of {head_dim} have {width} columns, not dim={dim}")
+        if not attention_norm and norm != "pre":
+            raise ValueError(f"attention_norm=False: norm={norm!r} has a norm after its attention")
         if kernels not in CHOICES:
             raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(CHOICES)}")
         self.num_heads, self.norm, self.activation = num_heads, norm, activation
-        self.dropout, self.kernels = dropout, kernels
+        self.dropout, self.kernels, self.queries = dropout, kernels, queries
         self.dim = dim
-        self.attention_norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-        self.out = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.attention_norm = nn.LayerNorm(dim, device=device, dtype=dtype) if attention_norm else None
+        self.qkv = nn.Linear(dim, 3 * width, device=device, dtype=dtype)
+        self.out = nn.Linear(width, dim, device=device, dtype=dtype) if out_projection else None
         self.ffn_norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-        self.ffn_in = nn.Linear(dim, ffn_dim, device=device, dtype=dtype)
+        self.ffn_in = nn.Linear(dim, 2 * ffn_dim if self.gated else ffn_dim, device=device, dtype=dtype)
         self.ffn_out = nn.Linear(ffn_dim, dim, device=device, dtype=dtype)
 
+    @property
+    def gated(self) -> bool:
+        """Whether ffn_in gives the two halves of a gated activation."""
+        return self.activation in GATED
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, F, D] -> [B, F, D]."""
+        """[B, F, D] -> [B, F, D], or [B, queries, D]."""
         if x.dim() != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}; [B, F, D] is needed")
-        _check_choices(self.norm, self.activation)  # a program may set them at any time
+        _check_choices(self.norm, self.activation, self.queries)  # a program may set them at any time
+        if self.queries is not None and self.queries > x.shape[1]:
+            raise ValueError(f"queries={self.queries}: x has {x.shape[1]} tokens")
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
         backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
         calls_attention, calls_ffn = self._calls(backend, x)
-        pre, fused = self.norm == "pre", _fused(backend)
+        pre = self.norm == "pre"
         if calls_attention is None:
-            x = fused.fused_attention(self, x, dropout_p)
+            x = fused_attention(self, x, dropout_p, backend)
         else:
-            x = x + like_input("out", self._attention(self.attention_norm(x) if pre else x, dropout_p), x)
+            residual = x if self.queries is None else x[:, :self.queries]
+            normed = self.attention_norm(x) if pre and self.attention_norm is not None else x
+            x = residual + like_input("out", self._attention(normed, dropout_p), residual)
         # Post-norm, Triton's attention half ends with a norm, as its FFN half does; the native FFN half begins with it.
-        normed = calls_attention is None if backend == "triton" else calls_ffn is None
-        if not (pre or normed):
-            x = self.attention_norm(x)
+        normed_by_a_half = calls_attention is None if backend == "triton" else calls_ffn is None
+        if not (pre or normed_by_a_half):
+            x = self.attention_norm(x)  # type: ignore[misc]  # post-norm layers have one
         if calls_ffn is None:
-            x = fused.fused_ffn(self, x, dropout_p)
+            x = fused_ffn(self, x, dropout_p, backend)
         else:
             x = x + like_input("ffn_out", self._ffn(self.ffn_norm(x) if pre else x, dropout_p), x)
         return x if pre or (backend == "triton" and calls_ffn is None) else self.ffn_norm(x)
@@ -103,20 +139,24 @@ class TransformerLayer(nn.Module):
         if backend == "eager":
             reason = f"kernels={self.kernels!r} is eager here"
             return reason, reason
-        fused = _fused(backend)
-        return (replaced_method(self, "_attention", _ATTENTION) or fused.why_attention_is_not_fused(self, x),
-                replaced_method(self, "_ffn", _FFN) or fused.why_ffn_is_not_fused(self, x))
+        return (replaced_method(self, "_attention", _ATTENTION) or why_attention_is_not_fused(self, x, backend),
+                replaced_method(self, "_ffn", _FFN) or why_ffn_is_not_fused(self, x, backend))
 
     def _attention(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """out(attention(qkv(x)))."""
-        attended = field_attention_packed(self.qkv(x), num_heads=self.num_heads, dropout_p=dropout_p,
-                                          kernels=self.kernels)
-        out: torch.Tensor = self.out(attended)
+        qkv, settings = self.qkv(x), {"num_heads": self.num_heads, "dropout_p": dropout_p, "kernels": self.kernels}
+        if self.queries is None:
+            attended = field_attention_packed(qkv, **settings)
+        else:
+            q, k, v = qkv.chunk(3, dim=-1)
+            attended = field_attention(q[:, :self.queries], k, v, **settings)
+        out: torch.Tensor = attended if self.out is None else self.out(attended)
         return out
 
     def _ffn(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """ffn_out(dropout(activation(ffn_in(x)))), in one operation where that is the same."""
-        if resolve(self.kernels, x.device, "ffn", product_dtype(x)) != "eager" and ffn_half(self, x, None) is None:
+        backend = resolve(self.kernels, x.device, "ffn", product_dtype(x))
+        if backend != "eager" and why_ffn_is_not_fused(self, x, backend, Norm()) is None:
             return ffn(x, self.ffn_in.weight, self.ffn_in.bias, self.ffn_out.weight, self.ffn_out.bias,
                        activation=self.activation, dropout_p=dropout_p, kernels=self.kernels)
         hidden = self.ffn_in(x)
@@ -124,38 +164,42 @@ class TransformerLayer(nn.Module):
         out: torch.Tensor = self.ffn_out(activate(hidden, self.activation, dropout_p, seed))
         return out
 
-    def extra_repr(self) -> str:
-        return (f"num_heads={self.num_heads}, norm={self.norm!r}, activation={self.activation!r}, "
-                f"dropout={self.dropout}, kernels={self.kernels!r}\n" + self._fusion())
+    def backends(self, fields: int | None = None) -> dict[str, Half]:
+        """What runs the "attention" and the "ffn" half on rows of `fields` tokens (None: as few as the layer takes), in
+        the dtype and on the device of the parameters, with the autocast that is active.
 
-    def _fusion(self) -> str:
-        """Of each half "fused", or why its children are called, for one token in the dtype of the parameters."""
+        >>> TransformerLayer(64, 4, 256, kernels="eager").backends()["ffn"]
+        Half(backend='eager', composed="kernels='eager' is eager here")
+
+        Raises as `forward` where the chosen backend cannot run.
+        """
         parameter = next(self.parameters(), torch.empty(0))
-        x = torch.empty(0, 1, self.dim, dtype=parameter.dtype, device=parameter.device)
+        x = torch.empty(0, fields or self.queries or 1, self.dim, dtype=parameter.dtype, device=parameter.device)
+        backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
+        reasons = zip(("attention", "ffn"), self._calls(backend, x), strict=True)
+        return {half: Half(backend, reason) for half, reason in reasons}
+
+    def extra_repr(self) -> str:
+        settings = [f"num_heads={self.num_heads}", f"norm={self.norm!r}", f"activation={self.activation!r}"]
+        settings += [] if self.queries is None else [f"queries={self.queries}"]
+        settings += [f"dropout={self.dropout}", f"kernels={self.kernels!r}"]
         try:
-            backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
+            fusion = [f"{'FFN' if half == 'ffn' else half}: " + (f"fused ({of.backend})" if of.composed is None
+                                     else f"children are called: {of.composed}")
+                      for half, of in self.backends().items()]
         except (BackendUnavailable, TypeError, ValueError) as error:
-            return f"runs not here: {error}"
-        reasons = zip(("attention", "FFN"), self._calls(backend, x), strict=True)
-        return "\n".join(f"{half}: " + (f"fused ({backend})" if reason is None else f"children are called: {reason}")
-                         for half, reason in reasons)
+            fusion = [f"runs not here: {error}"]
+        return "\n".join([", ".join(settings), *fusion])
 
 
 # What the fused halves stand in for: a subclass or a program may have others.
 _ATTENTION, _FFN = TransformerLayer._attention, TransformerLayer._ffn
 
 
-def _check_choices(norm: str, activation: str) -> None:
+def _check_choices(norm: str, activation: str, queries: int | None) -> None:
     if norm not in NORM_CHOICES:
         raise ValueError(f"norm={norm!r}: choose pre or post")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-
-
-def _fused(backend: str) -> Any:
-    """The module that has the fused halves of a backend; native's where there are none."""
-    if backend == "triton":
-        from . import triton
-
-        return triton
-    return native
+    if queries is not None and queries < 1:
+        raise ValueError(f"queries={queries}: at least 1 is needed")

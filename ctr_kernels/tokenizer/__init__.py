@@ -6,10 +6,10 @@ from ..backend import resolve
 from ..checks import FLOATS, same_float
 from ..philox import as_seed, check_dropout
 from ..sparse_update.table import check_ids
+from .operator import supports
 from .reference import NUMERIC, History, field_tokens_reference
 
 __all__ = ["History", "field_tokens"]
-TRITON_MAX_TILE = 16384  # elements that a program of Triton's holds at once, those of its sums included
 
 
 def field_tokens(
@@ -69,19 +69,11 @@ def field_tokens(
         check_ids(ids, len(weight))
     statistics = 0 if history is None else len(history.weight)
     if resolve(kernels, weight.device, "field_tokens", dense_weight.dtype,
-               lambda _: token_limits(weight.shape[1], statistics)) == "triton":
+               lambda of: supports(of, weight.shape[1], statistics)) == "triton":
         from .triton import field_tokens_triton as run
     else:
         run = field_tokens_reference
     return run(weight, ids, dense, dense_weight, dense_bias, cls, field_bias, numeric, history, dropout_p, mask_seed)
-
-
-def token_limits(dim: int, statistics: int) -> str | None:
-    """Why Triton's kernels do not take tokens of width `dim` with that many statistics of a field; None if they do."""
-    if max(16, 1 << (dim - 1).bit_length()) * (2 + statistics) > TRITON_MAX_TILE:
-        return (f"D={dim} with {statistics} statistics of a field: kernels='triton' takes up to {TRITON_MAX_TILE} "
-                "elements of a token, its gradient and those of its statistics' vectors, D rounded up to a power of 2")
-    return None
 
 
 def _check(weight: torch.Tensor, ids: torch.Tensor, dense: torch.Tensor, dense_weight: torch.Tensor,

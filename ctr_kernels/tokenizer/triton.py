@@ -35,7 +35,7 @@ from ..sparse_update.plan import Plan, row_gradient, start_plan
 from ..sparse_update.table import wants_rows
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
-from . import TRITON_MAX_TILE
+from .operator import TRITON_MAX_TILE
 from .reference import History
 from .triton_kernels import backward_kernel, forward_kernel
 

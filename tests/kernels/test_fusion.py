@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from ctr_kernels import TransformerLayer
-from ctr_kernels.layer import native
+from ctr_kernels import layer as layer_module
 from ctr_kernels.library import NATIVE_ABSENT
 
 DIM, HEADS, HIDDEN = 64, 4, 128
@@ -201,8 +201,8 @@ def test_the_other_half_stays_fused(norm: str, name: str, attention: bool, feed_
                                     monkeypatch: pytest.MonkeyPatch) -> None:
     layer, calls = TransformerLayer(DIM, HEADS, HIDDEN, norm=norm), []
     for function in ("fused_attention", "fused_ffn"):
-        run = getattr(native, function)
-        monkeypatch.setattr(native, function, lambda *of, _f=run, _n=function: (calls.append(_n), _f(*of))[1])
+        run = getattr(layer_module, function)
+        monkeypatch.setattr(layer_module, function, lambda *of, _f=run, _n=function: (calls.append(_n), _f(*of))[1])
     getattr(layer, name).register_forward_hook(lambda *_: None)
     layer(torch.randn(2, 3, DIM))
     assert calls == ["fused_attention"] * attention + ["fused_ffn"] * feed_forward

@@ -33,7 +33,8 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("kernels", ["auto", "eager"])
 @pytest.mark.parametrize(("q", "k", "v", "heads", "error"), [
     (x(2, 64), x(2, 64), x(2, 64), 4, r"q has shape \(2, 64\)"),
-    (x(2, 5, 64), x(2, 6, 64), x(2, 5, 64), 4, r"k has shape \(2, 6, 64\)"),
+    (x(2, 5, 64), x(2, 6, 64), x(2, 5, 64), 4, r"v has shape \(2, 5, 64\)"),
+    (x(2, 5, 64), x(2, 6, 32), x(2, 6, 32), 4, r"k has shape \(2, 6, 32\)"),
     (x(2, 5, 64), x(2, 5, 64), x(1, 5, 64), 4, r"v has shape \(1, 5, 64\)"),
     (x(2, 0, 64), x(2, 0, 64), x(2, 0, 64), 4, "F=0 fields"),
     (x(2, 5, 64), x(2, 5, 64), x(2, 5, 64), 5, "D=64 is not divisible into num_heads=5"),

@@ -30,24 +30,36 @@ def test_opcheck_of_attention_and_ffn(dropout_p: float) -> None:
     opcheck(OPS.field_attention_backward, (grad, *qkv(False), 2, 0.25, dropout_p, SEED))
     opcheck(OPS.field_attention_packed, (torch.randn(2, 5, 96, requires_grad=True), 2, 0.25, dropout_p, SEED))
     opcheck(OPS.field_attention_packed_backward, (grad, torch.randn(2, 5, 96), 2, 0.25, dropout_p, SEED))
-    opcheck(OPS.ffn, (x, *weights(), 0, dropout_p, SEED))
-    opcheck(OPS.ffn_backward, (torch.randn(7, 32), x.detach(), *weights(False), 0, dropout_p, SEED))
+    opcheck(OPS.ffn, (x, *weights(), None, None, 0, 0.0, 0, dropout_p, SEED))
+    opcheck(OPS.ffn_backward, (torch.randn(7, 32), x.detach(), None, *weights(False)[:3], None, None, 0, 0.0, 0,
+                               dropout_p, SEED))
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_opcheck_of_the_halves_of_a_layer(norm: bool) -> None:
-    def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-        return [torch.randn(shape, requires_grad=True) for shape in shapes]
+@pytest.mark.parametrize("norm", [1, 0])
+@pytest.mark.parametrize("queries", [0, 1])
+def test_opcheck_of_the_attention_half(norm: int, queries: int) -> None:
+    """Tokens of 24 and three heads of 8 and 10 columns; the outputs that backward keeps have no gradient."""
+    for width in (24, 30):
+        weights = [torch.randn(shape, requires_grad=True)
+                   for shape in [(3 * width, 24), (3 * width,), (24, width), (24,), *[(24,)] * (2 * norm)]]
+        x, affine = torch.randn(2, 5, 24, requires_grad=True), weights[4:] or [None, None]
+        settings = (norm, 1e-5, 3, queries, 0.25, 0.1, SEED)
+        opcheck(OPS.attention_block, (x, *weights[:4], *affine, *settings))
+        y, *kept = OPS.attention_block(x, *weights[:4], *affine, *settings)
+        detached = [None if t is None else t.detach() for t in (y, x, *kept, weights[0], weights[2], *affine)]
+        opcheck(OPS.attention_block_backward, (*detached, *settings))
 
-    (x,), gamma = weights((2, 5, 32)), weights((32,), (32,)) if norm else [None, None]
-    w_qkv, b_qkv, w_out, b_out = weights((96, 32), (96,), (32, 32), (32,))
-    opcheck(OPS.attention_block, (x, *gamma, 1e-5, w_qkv, b_qkv, w_out, b_out, 2, 0.25, 0.1, SEED))
-    tensors = [t if t is None else t.detach() for t in (x, x, torch.randn(2, 5, 96), x, *gamma)]
-    opcheck(OPS.attention_block_backward, (*tensors, 1e-5, w_qkv.detach(), w_out.detach(), 2, 0.25, 0.1, SEED))
-    inputs = [*weights((7, 32), (32,), (32,)), 1e-5, norm, *weights((16, 32), (16,), (32, 16), (32,))]
-    opcheck(OPS.ffn_block, (*inputs, 0, 0.1, SEED))
-    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
-    opcheck(OPS.ffn_block_backward, (torch.randn(7, 32), *detached, 0, 0.1, SEED))
+
+@pytest.mark.parametrize("norm", [0, 1, 3])
+@pytest.mark.parametrize("activation", [0, 3])
+def test_opcheck_of_the_ffn_half(norm: int, activation: int) -> None:
+    rows = 14 if activation == 3 else 7
+    tensors = [torch.randn(shape, requires_grad=True) for shape in [(5, 20), (rows, 20), (rows,), (20, 7), (20,)]]
+    affine = [torch.randn(20, requires_grad=True) for _ in range(2)] if norm else [None, None]
+    settings = (norm, 1e-5, activation, 0.1, SEED)
+    opcheck(OPS.ffn, (*tensors, *affine, *settings))
+    x, *weights, _ = (t.detach() for t in tensors)
+    opcheck(OPS.ffn_backward, (x, x, None, *weights, *(t if t is None else t.detach() for t in affine), *settings))
 
 
 def test_opcheck_of_the_cross_layer() -> None:
