@@ -9,16 +9,24 @@ from ..library import LIBRARY, implement_in_triton, last_dim_contiguous, no_doub
 Tensor = torch.Tensor
 MAX_FIELDS = 64
 HEAD_DIMS = (8, 16, 32, 64)
+TRITON_MAX_TOKENS = TRITON_MAX_HEAD_DIM = 128  # a map of 128 x 128 is what the registers of 8 warps hold
 
 
 def supports(backend: str, queries: int, fields: int, dim: int, num_heads: int) -> str | None:
     """Why the kernels of `backend` do not take `queries` over `fields` tokens of `dim` in that many heads, or None."""
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        return f"D={dim} is not divisible into num_heads={num_heads}"
+    if backend == "triton":
+        for tokens, what in ((fields, f"F={fields} fields"), (queries, f"{queries} queries")):
+            if not 1 <= tokens <= TRITON_MAX_TOKENS:
+                return f"{what}; kernels='triton' takes 1 to {TRITON_MAX_TOKENS}"
+        if dim // num_heads > TRITON_MAX_HEAD_DIM:
+            return f"D / num_heads = {dim // num_heads}; kernels='triton' takes up to {TRITON_MAX_HEAD_DIM}"
+        return None
     if not 1 <= fields <= MAX_FIELDS:
         return f"F={fields} fields; 1 to {MAX_FIELDS} are supported"
     if queries != fields:
         return f"{queries} queries of F={fields} fields; one of each is needed"
-    if num_heads < 1 or dim % num_heads:
-        return f"D={dim} is not divisible into num_heads={num_heads}"
     if dim // num_heads not in HEAD_DIMS:
         return f"D / num_heads = {dim // num_heads}; supported are {', '.join(map(str, HEAD_DIMS))}"
     return None

@@ -37,6 +37,7 @@ import triton
 from ..library import last_dim_contiguous
 from ..philox import threshold
 from ..triton_launch import ANY, Key, architecture, arithmetic_of, capability, input_precision, launch_choice, row_of
+from .triton_blocked import blocked_backward_kernel, blocked_forward_kernel
 from .triton_kernels import backward_kernel, forward_kernel
 from .triton_query import query_backward_kernel, query_forward_kernel
 from .triton_sliced import sliced_backward_kernel, sliced_forward_kernel
@@ -44,15 +45,15 @@ from .triton_sliced import sliced_backward_kernel, sliced_forward_kernel
 Tensor = torch.Tensor
 LOG2_E = 1.4426950408889634
 SMALLEST_NORMAL = 2.0**-126
-MAX_FIELDS = MAX_HEAD_DIM = 128
 
 
 class Launch(NamedTuple):
-    """A launch configuration: pairs a program, warps, and columns of a head at a time, 0 for all."""
+    """A launch configuration: pairs a program, warps, and columns of a head and queries at a time, 0 for all."""
 
     pairs: int
     warps: int
     columns: int = 0
+    queries: int = 0
 
 
 # By the larger of BLOCK_Q and BLOCK_F; and, where that would spill, by direction, arithmetic ("fp32": both of it),
@@ -100,17 +101,23 @@ def candidates(key: Key) -> Iterator[Launch]:
         return
     yield from (Launch(pairs, warps) for pairs, warps in itertools.product((1, 2, 4, 8), repeat=2)
                 if pairs <= 2 * warps)
-    yield from (Launch(1, warps, columns) for warps in (4, 8, 16) for columns in (16, 32, 64) if columns < block_d)
+    yield from (Launch(1, warps, columns) for warps in (4, 8) for columns in (16, 32, 64) if columns < block_d)
+    if block_q == 128:
+        yield from (Launch(1, warps, columns, queries) for warps in (4, 8) for columns in (16, 32, 64)
+                    for queries in (32, 64) if columns <= block_d)
 
 
 KERNELS = {("forward", "query"): query_forward_kernel, ("backward", "query"): query_backward_kernel,
            ("forward", "whole"): forward_kernel, ("backward", "whole"): backward_kernel,
-           ("forward", "sliced"): sliced_forward_kernel, ("backward", "sliced"): sliced_backward_kernel}
+           ("forward", "sliced"): sliced_forward_kernel, ("backward", "sliced"): sliced_backward_kernel,
+           ("forward", "blocked"): blocked_forward_kernel, ("backward", "blocked"): blocked_backward_kernel}
 
 
 def _kernel(key: Key, launch: Launch) -> tuple[Any, dict[str, int]]:
     """The kernel, and its constants of the launch configuration."""
     constants = {"PAIRS": launch.pairs}
+    if launch.queries:
+        return KERNELS[key.kernel, "blocked"], {**constants, "SLICE": launch.columns, "QUERIES": launch.queries}
     if launch.columns:
         return KERNELS[key.kernel, "sliced"], {**constants, "SLICE": launch.columns}
     return KERNELS[key.kernel, "query" if key.shape[0] == 1 else "whole"], constants
@@ -144,10 +151,18 @@ def _run(direction: str, strided: tuple[Tensor, ...], written: tuple[Tensor, ...
     def run(launch: Launch) -> None:
         kernel, own = _kernel(key, launch)
         with torch.cuda.device_of(strided[0]):
-            kernel[(triton.cdiv(pairs, launch.pairs),)](*strided, *written, seed, *strides, pairs,
+            kernel[(_programs(direction, launch, pairs, queries, head_dim),)](*strided, *written, seed, *strides, pairs,
                                                         num_warps=launch.warps, **own, **constants)
 
     run(launch_choice(key, default, candidates, run))
+
+
+def _programs(direction: str, launch: Launch, pairs: int, queries: int, head_dim: int) -> int:
+    """Blocks of queries have a program each forward, slices of columns backward."""
+    if not launch.queries:
+        return triton.cdiv(pairs, launch.pairs)
+    return pairs * (triton.cdiv(queries, launch.queries) if direction == "forward"
+                    else triton.cdiv(head_dim, launch.columns))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float, dropout_p: float,
@@ -186,14 +201,3 @@ def packed_backward(grad_out: Tensor, qkv: Tensor, num_heads: int, scale: float,
     backward_into(grads.chunk(3, dim=-1), grad_out, *last_dim_contiguous(qkv).chunk(3, dim=-1), num_heads, scale,
                   dropout_p, seed)
     return grads
-
-
-def supports(fields: int, head_dim: int, queries: int | None = None) -> str | None:
-    """Why the kernels do not take attention of that many queries (None: as many as fields) over `fields` tokens in heads
-    of that width; None if they do."""
-    for tokens, what in ((fields, "F={} fields"), (queries or 1, "Q={} queries")):
-        if not 1 <= tokens <= MAX_FIELDS:
-            return f"{what.format(tokens)}; kernels='triton' takes 1 to {MAX_FIELDS}"
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"heads of width {head_dim}; kernels='triton' takes 1 to {MAX_HEAD_DIM}"
-    return None
