@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
+BUILD_INPUTS := setup.py pyproject.toml ctr_kernels/operators.inc $(wildcard csrc/*.cpp csrc/*.h)
 
 BENCHES := attn ffn layer cross sparse_update step memory data
 

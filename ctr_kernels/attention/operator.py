@@ -9,15 +9,18 @@ from ..library import LIBRARY, implement_in_triton, last_dim_contiguous, no_doub
 Tensor = torch.Tensor
 MAX_FIELDS = 128
 MAX_HEAD_DIM = 128
+TRITON_MAX_QUERIES = 128
 
 
 def supports(backend: str, queries: int, fields: int, dim: int, num_heads: int) -> str | None:
     """Why the kernels of `backend` do not take `queries` over `fields` tokens of `dim` in that many heads, or None."""
     if queries < 1 or not 1 <= fields <= MAX_FIELDS:
         return f"{queries} queries of F={fields} fields; F from 1 to {MAX_FIELDS} is supported"
-    if num_heads < 1 or dim % num_heads:
+    if backend == "triton" and queries > TRITON_MAX_QUERIES:
+        return f"{queries} queries; kernels='triton' takes up to {TRITON_MAX_QUERIES}"
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         return f"D={dim} is not divisible into num_heads={num_heads}"
-    if not 1 <= dim // num_heads <= MAX_HEAD_DIM:
+    if dim // num_heads > MAX_HEAD_DIM:
         return f"D / num_heads = {dim // num_heads}; 1 to {MAX_HEAD_DIM} are supported"
     return None
 

@@ -47,8 +47,8 @@ import torch
 import triton
 
 from ..library import last_dim_contiguous
-from ..triton_autotune import launch_choice, table_choice
-from ..triton_support import CAPABILITIES, Spec, architecture, capability
+from ..triton_launch import Key, architecture, capability, launch_choice, table_choice, width_of
+from ..triton_support import CAPABILITIES, Spec
 from .plan import sort_ids
 from .rule import RULES, Rule
 from .triton_kernels import chunk_kernel, close_kernel
@@ -66,8 +66,6 @@ class Launch(NamedTuple):
     registers: int  # of a thread, at most; 0: as many as it takes
 
 
-Key = tuple[str, str, int, str, bool, int]  # operation, rule, padded row width, type, whether it counts steps, cc
-
 # By padded row width: positions of a chunk and of a tile, warps. One row lies within as few warps as 16-byte loads
 # allow, so that the scan over positions needs shuffles only, no shared memory.
 TABLE = {16: (64, 32, 1), 32: (64, 32, 1), 64: (64, 16, 1), 128: (64, 8, 1), 256: (64, 8, 2), 512: (64, 8, 4),
@@ -81,22 +79,22 @@ def _block(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _key(rule: str, dim: int, dtype: torch.dtype, counts: bool, cc: int) -> Key:
-    """dtype: of the table; counts: whether decay counts the steps between."""
-    kind = "fp32" if dtype == torch.float32 else "half"
-    return "sparse_update", rule, _block(dim), kind, counts, architecture(cc)
+def launch_key(rule: str, dim: int, dtype: torch.dtype, counts: bool, cc: int) -> Key:
+    """shape: the row width as a tile has it, and whether decay counts the steps between; dtype: of the table."""
+    return Key("sparse_update", rule, (_block(dim), int(counts)), width_of(dtype), architecture(cc))
 
 
-def _default(key: Key) -> Launch:
+def default(key: Key) -> Launch:
     """What the table has: half the positions of a tile where rows of state come along."""
-    _, rule, block, kind, counts, _ = key
+    block, counts = key.shape
     chunk, tile, warps = TABLE[block]
-    registers = 0 if kind == "half" or counts else REGISTERS.get((rule, block), 0)
-    return Launch(chunk, max(2, tile // 2) if rule in ("adagrad", "lazy-adam") else tile, warps, registers)
+    registers = 0 if key.arithmetic == "half" or counts else REGISTERS.get((key.kernel, block), 0)
+    return Launch(chunk, max(2, tile // 2) if key.kernel in ("adagrad", "lazy-adam") else tile, warps, registers)
 
 
-def _candidates(block: int) -> Iterator[Launch]:
+def candidates(key: Key) -> Iterator[Launch]:
     """What a search tries: 16 or 32 elements a thread."""
+    block, _ = key.shape
     for chunk, factor, elements in itertools.product((64, 128), (1, 2, 4), (16, 32)):
         warps = factor * max(1, block // 256)
         tile = elements * 32 * warps // block
@@ -144,8 +142,8 @@ def update(weight: torch.Tensor, first: torch.Tensor | None, second: torch.Tenso
             copies.extend(None if table is None else table.clone() for table in tables)
         _run(launch, copies, sorted_ids, order, rows, scalars, constants)
 
-    key = _key(chosen.name, dim, weight.dtype, last is not None, capability(weight.device))
-    launch = launch_choice(key, _default(key), _candidates(key[2]), rehearse)
+    key = launch_key(chosen.name, dim, weight.dtype, last is not None, capability(weight.device))
+    launch = launch_choice(key, default, candidates, rehearse)
     _run(launch, tables, sorted_ids, order, rows, scalars, constants)
 
 
@@ -179,8 +177,8 @@ def aot_specs() -> list[Spec]:
     specs = []
     for (dim, name, dtype, counts), cc in itertools.product(AOT, CAPABILITIES):
         rule = Rule(name, 0.1, weight_decay=0.1 if counts else 0.0)
-        key = _key(name, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, counts, cc)
-        launch = table_choice(key, _default(key))
+        key = launch_key(name, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, counts, cc)
+        launch = table_choice(key, default)
         adam = name == "lazy-adam"
         kinds = {"weight": f"*{dtype}", "first": f"*{dtype if adam else 'fp32'}", "second": f"*{dtype}",
                  "last": "*i32", "sorted_ids": "*i32", "order": "*i64", "rows": "*fp32", "partial": "*fp32",
