@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
