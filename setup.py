@@ -85,7 +85,7 @@ def native_build():
     extension = CppExtension(
         "ctr_kernels._native",
         sources,
-        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
+        depends=[*sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")), "ctr_kernels/operators.inc"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
         extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast",
                             "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi",

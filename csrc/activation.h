@@ -1,4 +1,4 @@
-// GELU (erf and tanh forms) and ReLU of a vector, with their derivatives.
+// GELU (erf and tanh forms), ReLU and SiLU of a vector, with their derivatives.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
@@ -34,24 +34,38 @@ inline ValueAndSlope gelu(Vec x) {
   return {vmax(x, Vec{}) - t * tail, phi + x * bell * 0.3989422804f};
 }
 
-// x s, s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as (x / 2) (1 + tanh(u)).
-inline ValueAndSlope gelu_tanh(Vec x) {
-  constexpr float kRoot = 0.7978845608f, kCube = 0.044715f;
-  const Vec square = x * x;
-  const Vec u = x * (kRoot + kRoot * kCube * square);
-  const Vec small = exp2_nonpositive((u < 0.0f ? u : -u) * (2.0f * kLog2e));
+struct Sigmoid {
+  Vec value, rest;  // rest: 1 - value without cancellation
+};
+
+inline Sigmoid sigmoid(Vec x) {
+  const Vec small = exp2_nonpositive((x < 0.0f ? x : -x) * kLog2e);
   const Vec inverse = 1.0f / (1.0f + small);
-  const Vec s = u < 0.0f ? small * inverse : inverse;
-  const Vec rest = u < 0.0f ? inverse : small * inverse;  // 1 - s without cancellation
-  return {x * s, s + x * s * rest * (2.0f * (kRoot + 3.0f * kRoot * kCube * square))};
+  return {x < 0.0f ? small * inverse : inverse, x < 0.0f ? inverse : small * inverse};
+}
+
+// x sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3): the same as (x / 2) (1 + tanh(u / 2)).
+inline ValueAndSlope gelu_tanh(Vec x) {
+  constexpr float kRoot = 2.0f * 0.7978845608f, kCube = 0.044715f;
+  const Vec square = x * x;
+  const Sigmoid s = sigmoid(x * (kRoot + kRoot * kCube * square));
+  return {x * s.value, s.value + x * s.value * s.rest * (kRoot + 3.0f * kRoot * kCube * square)};
+}
+
+// x sigmoid(x)
+inline ValueAndSlope silu(Vec x) {
+  const Sigmoid s = sigmoid(x);
+  return {x * s.value, s.value + x * s.value * s.rest};
 }
 
 inline ValueAndSlope relu(Vec x) { return {x <= 0.0f ? Vec{} : x, x <= 0.0f ? Vec{} : splat(1.0f)}; }
 
+// The function that is applied to the hidden, or to the half b of a gate.
 template <Activation kActivation>
 inline ValueAndSlope activate(Vec x) {
-  if constexpr (kActivation == Activation::gelu) return gelu(x);
+  if constexpr (kActivation == Activation::gelu || kActivation == Activation::geglu) return gelu(x);
   if constexpr (kActivation == Activation::gelu_tanh) return gelu_tanh(x);
+  if constexpr (kActivation == Activation::swiglu) return silu(x);
   return relu(x);
 }
 

@@ -1,9 +1,10 @@
 // The feed-forward network on tiles of 96 tokens, its hidden in slices of 64 units that never leave the cache.
 //
-// Forward, a slice: A = X W1^T + b1; H = act(A) * M; Y += H W2^T.
+// Forward, a slice: A = X W1^T + b1; H = act(A) * M; Y += H W2^T. M: the multipliers of dropout.
+// With a gate the slice has 64 units of both halves, A | B, and H = A * act(B) * M.
 // As half a layer, X is a LayerNorm N of the input, and Y starts as the residual instead of 0.
-// Backward, A and H recomputed: dH = dY W2; dA = dH * M * act'(A); dX += dA W1; dW1 += dA^T X; dW2^T += H^T dY;
-// db1 += columnsum(dA); db2 += columnsum(dY).
+// Backward, A and H recomputed: dH = dY W2; dA = dH * M * act'(A), or dA | dB = dH * M * (act(B) | A * act'(B));
+// dX += dA W1; dW1 += dA^T X; dW2^T += H^T dY; db1 += columnsum(dA); db2 += columnsum(dY).
 #pragma once
 #include "activation.h"
 #include "buffer.h"
@@ -17,6 +18,9 @@ namespace ctr {
 namespace CTR_ISA {
 
 constexpr int64_t kSlice = kFfnSlice;
+
+// Columns that the first layer makes for a slice.
+constexpr int64_t slice_width(Activation activation) { return is_gated(activation) ? 2 * kSlice : kSlice; }
 
 struct Tile {
   int64_t first, rows;  // tokens
@@ -72,80 +76,116 @@ __attribute__((always_inline)) inline void slice_multipliers(Dropping& dropping,
   }
 }
 
-// The masks are drawn in the same loop as the activation: random numbers are integer work in long chains, next to which
-// the polynomials cost less than they do alone.
+// H of a row's vector: A where there is no gate, else A and B.
 template <Activation kActivation>
-void activate_slice(float* hidden, Dropping* dropping, const SliceDropout& at, int64_t rows) {
-  if (dropping == nullptr) {
-    for (int64_t i = 0; i < rows * kSlice; i += W) store(hidden + i, activate<kActivation>(load(hidden + i)).value);
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r, hidden += kSlice) {
+inline Vec hidden_of(const float* row, int64_t at) {
+  if constexpr (is_gated(kActivation)) return load(row + at) * activate<kActivation>(load(row + kSlice + at)).value;
+  return activate<kActivation>(load(row + at)).value;
+}
+
+// made [rows, width]: A, or A | B; its first 64 columns become H. The masks are drawn in the same loop as the activation:
+// random numbers are integer work in long chains, next to which the polynomials cost less than they do alone.
+template <Activation kActivation>
+void activate_slice(float* made, Dropping* dropping, const SliceDropout& at, int64_t rows) {
+  constexpr int64_t width = slice_width(kActivation);
+  for (int64_t r = 0; r < rows; ++r, made += width) {
+    if (dropping == nullptr) {
+      for (int64_t c = 0; c < kSlice; c += W) store(made + c, hidden_of<kActivation>(made, c));
+      continue;
+    }
     Vec multipliers[kSlice / W];
     slice_multipliers(*dropping, at.first + r * at.stride, multipliers);
-    for (int v = 0; v < kSlice / W; ++v)
-      store(hidden + v * W, activate<kActivation>(load(hidden + v * W)).value * multipliers[v]);
+    for (int v = 0; v < kSlice / W; ++v) store(made + v * W, hidden_of<kActivation>(made, v * W) * multipliers[v]);
   }
 }
 
-// hidden: A -> H; grad: dH -> dA.
+// made [rows, width]: A -> dA, or A | B -> dA | dB; grad [rows, 64]: dH -> H.
 template <Activation kActivation>
-void differentiate_slice(float* hidden, float* grad, Dropping* dropping, const SliceDropout& at, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r, hidden += kSlice, grad += kSlice) {
+void differentiate_slice(float* made, float* grad, Dropping* dropping, const SliceDropout& at, int64_t rows) {
+  constexpr int64_t width = slice_width(kActivation);
+  for (int64_t r = 0; r < rows; ++r, made += width, grad += kSlice) {
     Vec multipliers[kSlice / W];
     if (dropping != nullptr) slice_multipliers(*dropping, at.first + r * at.stride, multipliers);
     for (int v = 0; v < kSlice / W; ++v) {
-      ValueAndSlope h = activate<kActivation>(load(hidden + v * W));
+      float *const a = made + v * W, *const b = a + width - kSlice;  // one and the same without a gate
+      ValueAndSlope h = activate<kActivation>(load(b));
       if (dropping != nullptr) {
         h.value *= multipliers[v];
         h.slope *= multipliers[v];
       }
-      store(hidden + v * W, h.value);
-      store(grad + v * W, load(grad + v * W) * h.slope);
+      const Vec g = load(grad + v * W);
+      if constexpr (is_gated(kActivation)) {
+        const Vec passed = load(a);
+        store(a, g * h.value);
+        store(b, g * h.slope * passed);  // in this order 0 where the slope is, however large the rest
+        h.value *= passed;
+      } else {
+        store(a, g * h.slope);
+      }
+      store(grad + v * W, h.value);
     }
   }
 }
 
+// A, or A | B, of a slice: x [rows, dp] -> out [rows, width].
+template <Activation kActivation>
+void hidden_layer(const FfnArgs& args, int64_t slice, const float* x, int64_t rows, float* out) {
+  constexpr int64_t width = slice_width(kActivation);
+  for (int64_t half = 0; half < width; half += kSlice)
+    gemm<Layout::rows>(rows, kSlice, args.dim, x, args.dp, args.w1t + (slice * width + half) * args.dim, kSlice,
+                       StoreBiased{out + half, width, args.b1 + slice * width + half});
+}
+
 template <Activation kActivation>
 void forward_tiles(const FfnArgs& args, int64_t first, int64_t last) {
-  const Buffer x_rows(kFfnTile * args.dp), y_rows(kFfnTile * args.dp), hidden(kFfnTile * kSlice);
-  const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
+  constexpr int64_t width = slice_width(kActivation);
+  const int64_t dp = args.dp;
+  const Buffer x_rows(kFfnTile * dp), y_rows(kFfnTile * dp), hidden(kFfnTile * width);
+  const Buffer normed(args.norm.gamma ? kFfnTile * dp : 0);
   Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
     const float* x = tile_rows(args, args.x, tile, x_rows.get());
     const float* residual = nullptr;
     if (args.norm.gamma != nullptr) {
-      normalise_rows(args.norm, x, tile.rows, args.dp, normed.get(), nullptr);
+      normalise_rows(args.norm, x, tile.rows, args.dim, dp, normed.get(), nullptr);
       residual = args.normed_residual ? normed.get() : x;
       x = normed.get();
     }
     float* y = tile_out(args, tile, y_rows.get());
     for (int64_t slice = 0; slice < args.slices; ++slice) {
-      gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, args.dp, args.w1t + slice * args.dim * kSlice, kSlice,
-                         StoreBiased{hidden.get(), kSlice, args.b1 + slice * kSlice});
+      hidden_layer<kActivation>(args, slice, x, tile.rows, hidden.get());
       activate_slice<kActivation>(hidden.get(), dropping, slice_dropout(args, tile, slice), tile.rows);
-      const float* w2t = args.w2t + slice * kSlice * args.dp;
+      const float* w2t = args.w2t + slice * kSlice * dp;
       if (slice == 0 && residual != nullptr)
-        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
-                           StoreResidual{y, args.dp, args.b2, residual});
+        gemm<Layout::rows>(tile.rows, dp, kSlice, hidden.get(), width, w2t, dp,
+                           StoreResidual{y, dp, args.b2, residual});
       else if (slice == 0)
-        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp,
-                           StoreBiased{y, args.dp, args.b2});
+        gemm<Layout::rows>(tile.rows, dp, kSlice, hidden.get(), width, w2t, dp, StoreBiased{y, dp, args.b2});
       else
-        gemm<Layout::rows>(tile.rows, args.dp, kSlice, hidden.get(), kSlice, w2t, args.dp, Add{y, args.dp});
+        gemm<Layout::rows>(tile.rows, dp, kSlice, hidden.get(), width, w2t, dp, Add{y, dp});
     }
     flush_tile(args, tile, y);
   }
 }
 
+// Sums over tokens: the first tile of a task writes them, so that they need not be zero before.
+inline void add_product(bool writes, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda,
+                        const float* b, float* out) {
+  if (writes)
+    gemm<Layout::transposed>(rows, columns, depth, a, lda, b, columns, Store{out, columns});
+  else
+    gemm<Layout::transposed>(rows, columns, depth, a, lda, b, columns, Add{out, columns});
+}
+
 template <Activation kActivation>
 void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first, int64_t last) {
-  const Buffer x_rows(kFfnTile * args.dp), gy_rows(kFfnTile * args.dp), gx_rows(kFfnTile * args.dp);
-  const Buffer hidden(kFfnTile * kSlice), grad(kFfnTile * kSlice);
-  const Buffer normed(args.norm.gamma ? kFfnTile * args.dp : 0);
-  Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
+  constexpr int64_t width = slice_width(kActivation);
   const int64_t dp = args.dp;
+  const Buffer x_rows(kFfnTile * dp), gy_rows(kFfnTile * dp), gx_rows(kFfnTile * dp);
+  const Buffer hidden(kFfnTile * width), grad(kFfnTile * kSlice);
+  const Buffer normed(args.norm.gamma ? kFfnTile * dp : 0);
+  Dropping drawn(args.dropout), *const dropping = args.dropout.threshold != 0 ? &drawn : nullptr;
   RowMoments kept[kFfnTile];
   for (int64_t index = first; index < last; ++index) {
     const Tile tile = tile_at(args, index);
@@ -153,31 +193,31 @@ void backward_tiles(const FfnArgs& args, const FfnGradients& sums, int64_t first
     const float* gy = tile_rows(args, args.grad_out, tile, gy_rows.get());
     float *out = tile_out(args, tile, gx_rows.get()), *gx = out;
     if (args.norm.gamma != nullptr) {
-      normalise_rows(args.norm, input, tile.rows, dp, normed.get(), kept);
+      normalise_rows(args.norm, input, tile.rows, args.dim, dp, normed.get(), kept);
       x = normed.get();
       gx = gx_rows.get();  // of the norm's output
     }
     add_columns(gy, dp, tile.rows, dp, sums.b2);
     for (int64_t slice = 0; slice < args.slices; ++slice) {
-      const int64_t unit = slice * kSlice;
-      gemm<Layout::rows>(tile.rows, kSlice, args.dim, x, dp, args.w1t + unit * args.dim, kSlice,
-                         StoreBiased{hidden.get(), kSlice, args.b1 + unit});
+      const int64_t unit = slice * kSlice, row = slice * width;  // of W2^T, and of W1
+      hidden_layer<kActivation>(args, slice, x, tile.rows, hidden.get());
       gemm<Layout::rows>(tile.rows, kSlice, args.dim, gy, dp, args.w2 + unit * args.dim, kSlice,
                          Store{grad.get(), kSlice});
       differentiate_slice<kActivation>(hidden.get(), grad.get(), dropping, slice_dropout(args, tile, slice), tile.rows);
-      add_columns(grad.get(), kSlice, tile.rows, kSlice, sums.b1 + unit);
+      add_columns(hidden.get(), width, tile.rows, width, sums.b1 + row);
+      const float* w1 = args.w1 + row * dp;
       if (slice == 0 && args.normed_residual)
-        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, StorePlus{gx, dp, gy});
+        gemm<Layout::rows>(tile.rows, dp, width, hidden.get(), width, w1, dp, StorePlus{gx, dp, gy});
       else if (slice == 0)
-        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1, dp, Store{gx, dp});
+        gemm<Layout::rows>(tile.rows, dp, width, hidden.get(), width, w1, dp, Store{gx, dp});
       else
-        gemm<Layout::rows>(tile.rows, dp, kSlice, grad.get(), kSlice, args.w1 + unit * dp, dp, Add{gx, dp});
-      gemm<Layout::transposed>(kSlice, dp, tile.rows, grad.get(), kSlice, x, dp, Add{sums.w1 + unit * dp, dp});
-      gemm<Layout::transposed>(kSlice, dp, tile.rows, hidden.get(), kSlice, gy, dp, Add{sums.w2t + unit * dp, dp});
+        gemm<Layout::rows>(tile.rows, dp, width, hidden.get(), width, w1, dp, Add{gx, dp});
+      add_product(index == first, width, dp, tile.rows, hidden.get(), width, x, sums.w1 + row * dp);
+      add_product(index == first, kSlice, dp, tile.rows, grad.get(), kSlice, gy, sums.w2t + unit * dp);
     }
     if (args.norm.gamma != nullptr)
-      differentiate_rows(args.norm, input, kept, gx, args.normed_residual ? nullptr : gy, tile.rows, dp, out, false,
-                         sums.gamma, sums.beta, normed.get());
+      differentiate_rows(args.norm, input, kept, gx, args.normed_residual ? nullptr : gy, tile.rows, args.dim, dp, out,
+                         false, sums.gamma, sums.beta, normed.get());
     flush_tile(args, tile, out);
   }
 }
@@ -187,6 +227,9 @@ inline void ffn_forward(const FfnArgs& args, int64_t first, int64_t last) {
     case Activation::gelu: return forward_tiles<Activation::gelu>(args, first, last);
     case Activation::gelu_tanh: return forward_tiles<Activation::gelu_tanh>(args, first, last);
     case Activation::relu: return forward_tiles<Activation::relu>(args, first, last);
+    case Activation::reglu: return forward_tiles<Activation::reglu>(args, first, last);
+    case Activation::geglu: return forward_tiles<Activation::geglu>(args, first, last);
+    case Activation::swiglu: return forward_tiles<Activation::swiglu>(args, first, last);
   }
 }
 
@@ -195,6 +238,9 @@ inline void ffn_backward(const FfnArgs& args, const FfnGradients& sums, int64_t 
     case Activation::gelu: return backward_tiles<Activation::gelu>(args, sums, first, last);
     case Activation::gelu_tanh: return backward_tiles<Activation::gelu_tanh>(args, sums, first, last);
     case Activation::relu: return backward_tiles<Activation::relu>(args, sums, first, last);
+    case Activation::reglu: return backward_tiles<Activation::reglu>(args, sums, first, last);
+    case Activation::geglu: return backward_tiles<Activation::geglu>(args, sums, first, last);
+    case Activation::swiglu: return backward_tiles<Activation::swiglu>(args, sums, first, last);
   }
 }
 

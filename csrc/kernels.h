@@ -38,33 +38,37 @@ struct NormArgs {
   float eps;
 };
 
-enum class Activation { gelu, gelu_tanh, relu };
+// The last three gate: the hidden is a * act(b) of two halves a | b that w1 makes.
+enum class Activation { gelu, gelu_tanh, relu, reglu, geglu, swiglu };
+constexpr bool is_gated(Activation activation) { return activation >= Activation::reglu; }
 
 constexpr int64_t kFfnTile = 96;   // tokens of a tile
 constexpr int64_t kFfnSlice = 64;  // hidden units of a slice
 
-// Weights are packed in fp32, the hidden in slices of 64 padded with zeros; dp = dim rounded up to 16.
+// Weights are packed in fp32, the hidden in slices of 64 padded with zeros; dp = dim rounded up to 16. halves: 2 where a
+// gate makes the hidden, else 1; those of a slice, a then b, lie next to each other in w1 and b1.
 struct FfnArgs {
   Type type;
   Activation activation;
-  int64_t tokens, dim, dp, hidden, slices;
+  int64_t tokens, dim, dp, hidden, slices, halves;
   DropoutArgs dropout;
-  NormArgs norm;             // of x, with the residual added to the output; fp32 and dim = dp only
+  NormArgs norm;             // of x, [dp] padded with zeros, with the residual added to the output
   bool normed_residual;      // the residual is LN(x) instead of x
   const void *x, *grad_out;  // [tokens, dim]
   void* out;                 // [tokens, dim]: y, or the gradient of x
-  const float *w1t;          // [slices, dim, 64]
-  const float *b1;           // [slices * 64]
-  const float *w2t;          // [slices, 64, dp]
-  const float *b2;           // [dp]
-  const float *w1;           // [slices, 64, dp], backward only
+  const float *w1t;          // [slices, halves, dim, 64]
+  const float *b1;           // [slices, halves * 64]
+  const float *w2t;          // [slices, 64, dp], forward only
+  const float *b2;           // [dp], forward only
+  const float *w1;           // [slices, halves * 64, dp], backward only
   const float *w2;           // [slices, dim, 64], backward only
 };
 
-// Sums over the tokens of one task, in fp32; zero at the start.
+// Sums over the tokens of one task, in fp32. The first tile writes the weights' sums, the others are zero at the start.
 struct FfnGradients {
-  float *w1, *w2t;  // [slices * 64, dp]
-  float *b1;        // [slices * 64]
+  float *w1;        // [slices, halves * 64, dp]
+  float *w2t;       // [slices, 64, dp]
+  float *b1;        // [slices, halves * 64]
   float *b2;        // [dp]
   float *gamma, *beta;  // [dp]; of the norm
 };

@@ -9,59 +9,21 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .library import LIBRARY
-
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor; CUDA programming guide, table 30
 KERNEL_MODULES = ("attention", "cross", "ffn", "layer", "sparse_update", "tokenizer")
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter has no inline assembly
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` treats fp32: "tf32x3" (fp32-accurate, three MMAs) at PyTorch's "highest", else "tf32".
-
-    fp16 and bf16 have tensor cores of their own and ignore it.
-    """
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if exact else "tf32"
-
-
-def arithmetic_of(dtype: torch.dtype) -> str:
-    """The arithmetic that launch tables are keyed on: "half" (fp16 and bf16), "tf32" or "tf32x3"."""
-    return input_precision(dtype) if dtype == torch.float32 else "half"
-
-
-def register(name: str, signature: str, run: Callable, fake: Callable) -> None:
-    """Define the operator ctr::<name><signature>: `run` launches it on CUDA, in the interpreter on CPUs as well."""
-    LIBRARY.define(name + signature)
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"ctr::{name}", fake, lib=LIBRARY)
-
-
-def capability(device: torch.device) -> int:
-    """Compute capability as in sm_90; 0 in the interpreter, which runs on the CPU."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def architecture(cc: int) -> int:
-    """The row of a launch table for sm_<cc>: 90 and 100 have their own, 80 stands for all others."""
-    return cc // 10 * 10 if cc // 10 in (9, 10) else 80
 
 
 @triton.jit
@@ -72,7 +34,7 @@ def _high_part(x):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32, 2-D or 3-D; acc may be None. PRECISION as `input_precision` gives it.
+    """acc + a b in fp32, 2-D or 3-D; acc may be None. PRECISION as `triton_launch.input_precision` gives it.
 
     "tf32x3" splits x = high + low, both exact in TF32 but for the last bit of low, and leaves out low low: an error
     below 2^-22 of each product. Triton's own tf32x3 does the same and guards infinities besides, with more than twice

@@ -41,14 +41,15 @@ class CTRModel(nn.Module):
         return list(dict.fromkeys(table.weight for table in tables.values()))
 
     def operations(self) -> dict[str, str]:
-        """Operation -> the backend that runs it, or those of several modules ("eager, native"), as the model is now: its
-        device, dtype, autocast and children. "eager" is also an operation composed of PyTorch's own.
+        """Operation -> the backend that runs it, or those of several modules ("eager, native").
+
+        As the model is now: its device, dtype, autocast and children. "eager": also what is composed of PyTorch's own.
         """
         tokens = next((module.num_tokens for module in self.modules() if hasattr(module, "num_tokens")), 1)
         found: dict[str, set[str]] = {}
         for module in self.modules():
             if module is not self and hasattr(module, "operations"):
-                for operation, backend in module.operations(tokens).items():
+                for operation, backend in module.operations(tokens).items():  # type: ignore[operator]
                     found.setdefault(operation, set()).add(backend)
         return {operation: ", ".join(sorted(found[operation])) for operation in sorted(found)}
 

@@ -4,8 +4,8 @@ For a tile of rows, g the gradient of the output, h = U x and t = V h + b of wid
     forward    y = x0 t + x                                                                 2 dots
     row        d = V^T (x0 g);  dx0 = g t,  dx = g + U^T d                                  4 dots, h again
     weight     dV = (x0 g)^T h,  dU = d^T x,  db = colsum(x0 g)                             2 dots
-The weight kernel works on slices of W columns: a fixed number of its programs share a slice, sum every so-manieth tile
-of rows in registers and write fp32 partial sums once, which torch.sum adds in a fixed order: no atomics.
+The weight kernel works on slices of W columns: a fixed number of its programs share a slice, sum every P-th tile of
+rows in registers and write fp32 partial sums once, which triton_sums.py adds in a fixed order: no atomics.
 
 Traffic, n = B W elements of e bytes (B=4096, W=429, R=32, fp32: n e = 7.0 MB), next to eager PyTorch:
     forward    3 n e, the floor (x0, x read, y written; x once more from the cache); 4 n R FLOP; eager 8 n e in four
@@ -16,16 +16,26 @@ Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..library import LIBRARY, no_double_backward
-from ..triton_autotune import launch_choice, table_choice
-from ..triton_support import CAPABILITIES, Spec, architecture, arithmetic_of, capability, dot, input_precision, register
+from ..triton_launch import (
+    Key,
+    architecture,
+    arithmetic_of,
+    capability,
+    input_precision,
+    launch_choice,
+    multiprocessors,
+    row_of,
+    table_choice,
+)
+from ..triton_sums import sum_parts
+from ..triton_support import CAPABILITIES, Spec, dot
 
 Tensor = torch.Tensor
 
@@ -39,12 +49,28 @@ class Tile(NamedTuple):
 
 
 # By kernel, arithmetic ("half": fp16 and bf16) and architecture, for all widths and ranks.
-TILES: dict[tuple[str, str, int], Tile] = {
-    key: Tile(32, 32, 4)
-    for key in itertools.product(("forward", "row", "weight"), ("half", "tf32", "tf32x3"), CAPABILITIES)
-}
-TILES["weight", "half", 80] = Tile(64, 32, 4)  # with 32 rows it spills at W = 2496
-CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64), (32, 64), (2, 4, 8))]  # of a search
+DEFAULT = Tile(32, 32, 4)
+TILES: dict[tuple, Tile] = {("weight", "half", 80): Tile(64, 32, 4)}  # with 32 rows it spills at W = 2496
+
+
+def launch_key(kernel: str, width: int, rank: int, dtype: torch.dtype, cc: int) -> Key:
+    """shape: the width, and the rank as a tile has it."""
+    return Key("cross", kernel, (width, block_of(rank)), arithmetic_of(dtype), architecture(cc))
+
+
+def block_of(rank: int) -> int:
+    """The rank as a tile has it."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def default(key: Key) -> Tile:
+    """What the table has."""
+    return row_of(TILES, key.kernel, key.arithmetic, key.architecture) or DEFAULT
+
+
+def candidates(key: Key) -> Iterator[Tile]:
+    """What a search tries."""
+    return itertools.starmap(Tile, itertools.product((16, 32, 64), (32, 64), (2, 4, 8)))
 
 
 @triton.jit
@@ -139,7 +165,7 @@ def _weight_kernel(
     rows,  # B
     W: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """The sums of one slice of BN columns over every so-manieth tile of rows."""
+    """The sums of one slice of BN columns over a share of the tiles of rows."""
     SLICES: tl.constexpr = (W + BN - 1) // BN
     part, first = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES * BN
     row, column, rank = tl.arange(0, BM), first + tl.arange(0, BN), tl.arange(0, RP)
@@ -160,30 +186,20 @@ def _weight_kernel(
     tl.store(partial + 2 * W * R + column, db, mask=column < W)
 
 
-def _block(rank: int) -> int:
-    """The rank as a tile has it."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-def _table_key(kernel: str, dtype: torch.dtype, cc: int) -> tuple[str, str, int]:
-    """The row of TILES on sm_<cc>."""
-    return kernel, arithmetic_of(dtype), architecture(cc)
-
-
-def _choice(kernel: str, u: Tensor, run: Callable[[Tile], object]) -> Tile:
-    (rank, width), key = u.shape, _table_key(kernel, u.dtype, capability(u.device))
-    return launch_choice(("cross", *key, width, _block(rank)), TILES[key], CANDIDATES, run)
-
-
 def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Tensor, ...], u: Tensor) -> None:
     """Run `programs` programs on tensors of which the first is [B, W]."""
     rank, width = u.shape
     with torch.cuda.device_of(u):
-        kernel[(programs,)](*tensors, len(tensors[0]), W=width, R=rank, RP=_block(rank), BM=tile.rows, BN=tile.columns,
-                            PRECISION=input_precision(u.dtype), num_warps=tile.warps)
+        kernel[(programs,)](*tensors, len(tensors[0]), W=width, R=rank, RP=block_of(rank), BM=tile.rows,
+                            BN=tile.columns, PRECISION=input_precision(u.dtype), num_warps=tile.warps)
 
 
-def _forward(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _key(kernel: str, u: Tensor) -> Key:
+    rank, width = u.shape
+    return launch_key(kernel, width, rank, u.dtype, capability(u.device))
+
+
+def forward(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """[B, W]; all tensors contiguous."""
     y = torch.empty_like(x)
 
@@ -191,64 +207,32 @@ def _forward(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tenso
         _launch(_forward_kernel, tile, triton.cdiv(len(x), tile.rows), (x0, x, u, v, bias, y), u)
 
     if len(x):
-        run(_choice("forward", u, run))
+        run(launch_choice(_key("forward", u), default, candidates, run))
     return y
 
 
-def _backward(grad: Tensor, x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx0 and dx [B, W]; dU [R, W], dV [W, R] and db [W] one after the other."""
-    dx0, dx, flat = _fake_backward(grad, x0, x, u)
-    if not len(x):
-        return dx0, dx, flat.zero_()
-    (rank, width), cuda = u.shape, x.device.type == "cuda"
+def backward(grad_out: Tensor, x0: Tensor, x: Tensor, u: Tensor, v: Tensor,
+             bias: Tensor) -> tuple[Tensor, ...]:
+    """dx0 and dx [B, W]; dU [R, W], dV [W, R] and db [W]."""
+    dx0, dx, (rank, width) = torch.empty_like(x), torch.empty_like(x), u.shape
     hidden, grad_hidden = (x.new_empty(len(x), rank) for _ in range(2))
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 16
 
     def rows(tile: Tile) -> None:
         _launch(_row_kernel, tile, triton.cdiv(len(x), tile.rows),
-                (grad, x0, x, u, v, bias, dx0, dx, hidden, grad_hidden), u)
+                (grad_out, x0, x, u, v, bias, dx0, dx, hidden, grad_hidden), u)
 
-    def weights(tile: Tile) -> Tensor:
+    def weights(tile: Tile) -> list[Tensor]:
         slices = triton.cdiv(width, tile.columns)
-        parts = max(1, min(processors * (8 // tile.warps) // slices, triton.cdiv(len(x), tile.rows)))
+        parts = max(1, min(multiprocessors(x.device, interpreted=16) * (8 // tile.warps) // slices,
+                           triton.cdiv(len(x), tile.rows))) if len(x) else 0
         partial = x.new_empty(parts, 2 * width * rank + width, dtype=torch.float32)
-        _launch(_weight_kernel, tile, parts * slices, (grad, x0, x, hidden, grad_hidden, partial), u)
-        return partial.sum(0)
+        if parts:
+            _launch(_weight_kernel, tile, parts * slices, (grad_out, x0, x, hidden, grad_hidden, partial), u)
+        return sum_parts(partial, (u.shape, v.shape, bias.shape), u.dtype)
 
-    rows(_choice("row", u, rows))
-    return dx0, dx, weights(_choice("weight", u, weights)).to(u.dtype)
-
-
-def _fake(x0: Tensor, x: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_backward(grad: Tensor, x0: Tensor, x: Tensor, u: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x), u.new_empty(2 * u.numel() + u.shape[1])
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _grads(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    x0, x, u, v, bias = ctx.saved_tensors
-    dx0, dx, flat = torch.ops.ctr.low_rank_cross_triton_backward(grad.contiguous(), x0, x, u, v, bias)
-    du, dv, db = flat.split((u.numel(), v.numel(), len(bias)))
-    return dx0, dx, du.view(u.shape), dv.view(v.shape), db
-
-
-ARGUMENTS = "Tensor x0, Tensor x, Tensor u, Tensor v, Tensor bias)"
-register("low_rank_cross_triton", f"({ARGUMENTS} -> Tensor", _forward, _fake)
-register("low_rank_cross_triton_backward", f"(Tensor grad, {ARGUMENTS} -> (Tensor, Tensor, Tensor)", _backward,
-         _fake_backward)
-torch.library.register_autograd("ctr::low_rank_cross_triton", _grads, setup_context=_save, lib=LIBRARY)
-no_double_backward("ctr::low_rank_cross_triton_backward")
-
-
-def low_rank_cross_triton(x0: Tensor, x: Tensor, u: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """[B, W], fp32, bf16 or fp16 -> [B, W]; the inputs are all that backward keeps."""
-    return torch.ops.ctr.low_rank_cross_triton(*(t.contiguous() for t in (x0, x, u, v, bias)))
+    if len(x):
+        rows(launch_choice(_key("row", u), default, candidates, rows))
+    return dx0, dx, *weights(launch_choice(_key("weight", u), default, candidates, weights))
 
 
 def aot_specs() -> list[Spec]:
@@ -260,8 +244,8 @@ def aot_specs() -> list[Spec]:
     kernels = {"forward": _forward_kernel, "row": _row_kernel, "weight": _weight_kernel}
     shapes = [*itertools.product(("tf32x3", "tf32", "half"), (429, 624, 2496), (32,)), ("tf32x3", 624, 64)]
     for (arithmetic, width, rank), (name, kernel), cc in itertools.product(shapes, kernels.items(), CAPABILITIES):
-        tile = table_choice(("cross", name, arithmetic, cc, width, _block(rank)), TILES[name, arithmetic, cc])
-        constexprs = {"W": width, "R": rank, "RP": _block(rank), "BN": tile.columns, "BM": tile.rows,
+        tile = table_choice(Key("cross", name, (width, block_of(rank)), arithmetic, cc), default)
+        constexprs = {"W": width, "R": rank, "RP": block_of(rank), "BN": tile.columns, "BM": tile.rows,
                       "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
         kinds = {"partial": "*fp32", "rows": "i32"}
         signature = {argument: kinds.get(argument, "*bf16" if arithmetic == "half" else "*fp32")

@@ -29,213 +29,153 @@ Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of
 """
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
-from ..library import LIBRARY, no_double_backward
 from ..philox import threshold
-from ..triton_autotune import launch_choice, table_choice
+from ..triton_launch import ANY, Key, capability, input_precision, launch_choice, multiprocessors, table_choice
 from ..triton_norm import NORMS
-from ..triton_support import Spec, capability, register
-from .reference import ACTIVATIONS
+from ..triton_sums import sum_parts, sum_spec
+from ..triton_support import CAPABILITIES, Spec
+from .reference import ACTIVATIONS, GATED
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
-from .triton_tiles import CANDIDATES, TILES, Tile, table_key, tiles_for
+from .triton_tiles import TILES, Tile, candidates, default, launch_key, tiles_for
 
 Tensor = torch.Tensor
+GATES = {list(ACTIVATIONS).index(name) for name in GATED}
+SUMS = {False: 3, True: 7}  # all of the weight kernel's LAYERS, without a gate and with one
 
 
 def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Any, ...], hidden: int,
             settings: tuple[int, float, int, float], precision: str, **constants: int) -> None:
     """Run `programs` programs; the first tensor is [tokens, D], settings are those of the operators."""
     (tokens, dim), (norm, eps, activation, dropout_p) = tensors[0].shape, settings
+    width = max(16, triton.next_power_of_2(dim))
     with torch.cuda.device_of(tensors[0]):
         kernel[(programs,)](
-            *tensors, tokens, eps, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim,
-            DP=max(16, triton.next_power_of_2(dim)), HIDDEN=hidden, ACTIVATION=activation, NORM=norm,
-            DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens, BH=tile.units, STAGES=tile.stages,
-            num_warps=tile.warps, **constants)
+            *tensors, tokens, eps, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim, DP=width, HIDDEN=hidden,
+            ACTIVATION=activation, NORM=norm, DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens,
+            BH=tile.units, DS=tile.columns or width, STAGES=tile.stages, num_warps=tile.warps, **constants)
 
 
-def _choice(kernel: str, default: Tile, x: Tensor, w1: Tensor, norm: int, run: Callable[[Tile], object]) -> Tile:
-    key = ("ffn", kernel, *table_key(x.shape[1], w1.dtype, capability(x.device)), len(w1), norm)
-    return launch_choice(key, default, CANDIDATES, run)
+def _key(kernel: str, x: Tensor, w1: Tensor, w2: Tensor, norm: int, activation: int) -> Key:
+    return launch_key(kernel, x.shape[1], w2.shape[1], norm, activation in GATES, w1.dtype, capability(x.device))
 
 
-def _programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device) -> int:
+def programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device) -> int:
     """How many programs share a slice of the weight kernel: as many as run at once, at 8 warps a multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    at_once = processors * (8 // tile.warps) // triton.cdiv(hidden, tile.units)
+    at_once = multiprocessors(device) * (8 // tile.warps) // triton.cdiv(hidden, tile.units)
     return max(1, min(at_once, triton.cdiv(tokens, tile.tokens)))
 
 
-def _sizes(hidden: int, dim: int) -> tuple[int, int, int, int]:
-    """Elements of dW1, dW2, db1 and db2."""
-    return hidden * dim, dim * hidden, hidden, dim
-
-
-def _forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor | None,
-             norm_bias: Tensor | None, norm: int, eps: float, activation: int, dropout_p: float,
-             seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor | None,
+            norm_bias: Tensor | None, norm: int, eps: float, activation: int, dropout_p: float,
+            seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [tokens, D] and z = x + ffn(x), which is empty unless norm is "post"; all tensors contiguous."""
-    y, z = _fake(x, w1, b1, w2, b2, norm_weight, norm_bias, norm)
-    tiles, precision = tiles_for(x.shape[1], w1.dtype, capability(x.device))
+    y, z = torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0)
 
     def run(tile: Tile) -> None:
         _launch(forward_kernel, tile, triton.cdiv(x.shape[0], tile.tokens),
-                (x, w1, b1, w2, b2, norm_weight, norm_bias, seed, y, z), w1.shape[0],
-                (norm, eps, activation, dropout_p), precision)
+                (x, w1, b1, w2, b2, norm_weight, norm_bias, seed, y, z), w2.shape[1],
+                (norm, eps, activation, dropout_p), input_precision(w1.dtype))
 
     if x.shape[0]:
-        run(_choice("forward", tiles.forward, x, w1, norm, run))
+        run(launch_choice(_key("forward", x, w1, w2, norm, activation), default, candidates, run))
     return y, z
 
 
-def _grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
-                 norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int, eps: float, activation: int,
-                 dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad_out: Tensor, x: Tensor, z: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
+             norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int, eps: float, activation: int,
+             dropout_p: float, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """dx [tokens, D]; dw1, db1, dw2, db2; the gradients of the norm [2, D] in fp32, empty without one."""
+    settings = (norm, eps, activation, dropout_p)
+    weights = (w1, b1, w2, norm_weight, norm_bias)
+    dx, dz, norms = grad_tokens(grad_out, x, z, weights, settings, seed)
+    linears = grad_weights(grad_out if norm != NORMS["post"] else dz, x, weights, settings, seed)
+    return dx, *linears, norms
+
+
+def grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, weights: tuple[Any, ...],
+                settings: tuple[int, float, int, float], seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """dX [tokens, D]; dZ, empty unless norm is "post"; the gradients of norm_weight and norm_bias [2, D] in fp32."""
-    tiles, precision = tiles_for(x.shape[1], w1.dtype, capability(x.device))
-    dx, dz, _ = _fake_grad_tokens(dy, x, z, w1, b1, w2, norm_weight, norm_bias, norm)
+    (w1, b1, w2, norm_weight, norm_bias), (norm, _, activation, _) = weights, settings
+    dx, dz = torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0)
 
     def run(tile: Tile) -> Tensor:
         programs = triton.cdiv(x.shape[0], tile.tokens)
         partial = x.new_empty(programs if norm else 0, 2, x.shape[1], dtype=torch.float32)
         if programs:
             _launch(token_kernel, tile, programs,
-                    (dy, x, z, w1, b1, w2, norm_weight, norm_bias, seed, dx, dz, partial), w1.shape[0],
-                    (norm, eps, activation, dropout_p), precision)
-        return partial.sum(0)
+                    (dy, x, z, w1, b1, w2, norm_weight, norm_bias, seed, dx, dz, partial), w2.shape[1], settings,
+                    input_precision(w1.dtype))
+        return partial.sum(0) if norm else partial.new_empty(0)
 
-    return dx, dz, run(_choice("token", tiles.token, x, w1, norm, run))
+    return dx, dz, run(launch_choice(_key("token", x, w1, w2, norm, activation), default, candidates, run))
 
 
-def _grad_weights(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, norm_weight: Tensor | None,
-                  norm_bias: Tensor | None, norm: int, eps: float, activation: int, dropout_p: float,
-                  seed: Tensor | None) -> Tensor:
-    """dW1 [hidden, D], dW2 [D, hidden], db1 [hidden], db2 [D] one after the other; dy is dZ for "post"."""
-    (tokens, dim), hidden = x.shape, w1.shape[0]
-    tiles, precision = tiles_for(dim, w1.dtype, capability(x.device))
+def grad_weights(dy: Tensor, x: Tensor, weights: tuple[Any, ...], settings: tuple[int, float, int, float],
+                 seed: Tensor | None) -> list[Tensor]:
+    """dW1, db1, dW2 [D, hidden] and db2 [D]; dy is dZ for "post"."""
+    (w1, b1, w2, norm_weight, norm_bias), (norm, _, activation, _) = weights, settings
+    tokens, (dim, hidden) = x.shape[0], w2.shape
+    key = _key("weight", x, w1, w2, norm, activation)
 
-    def run(tile: Tile) -> Tensor:
-        parts = _programs_a_slice(tile, tokens, hidden, x.device)
-        partial = x.new_empty(parts if tokens else 0, sum(_sizes(hidden, dim)), dtype=torch.float32)
-        for layers in tiles.passes if tokens else ():
+    def run(tile: Tile) -> list[Tensor]:
+        parts = programs_a_slice(tile, tokens, hidden, x.device) if tokens else 0
+        partial = x.new_empty(parts, w1.numel() + w2.numel() + len(w1) + dim, dtype=torch.float32)
+        for layers in tiles_for(key).passes or (SUMS[activation in GATES],) if tokens else ():
             _launch(weight_kernel, tile, parts * triton.cdiv(hidden, tile.units),
-                    (dy, x, w1, b1, w2, norm_weight, norm_bias, seed, partial), hidden,
-                    (norm, eps, activation, dropout_p), precision, LAYERS=layers)
-        return partial.sum(0)
+                    (dy, x, w1, b1, w2, norm_weight, norm_bias, seed, partial), hidden, settings,
+                    input_precision(w1.dtype), LAYERS=layers)
+        return sum_parts(partial, (w1.shape, w2.shape, (len(w1),), (dim,)), w1.dtype)
 
-    return run(_choice("weight", tiles.weight, x, w1, norm, run)).to(w1.dtype)
-
-
-def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor | None,
-          norm_bias: Tensor | None, norm: int, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0)
-
-
-def _fake_grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
-                      norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int,
-                      *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sums = x.new_empty(2, x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x) if norm == NORMS["post"] else x.new_empty(0), sums
-
-
-def _fake_grad_weights(dy: Tensor, x: Tensor, w1: Tensor, *_: Any) -> Tensor:
-    return w1.new_empty(2 * w1.numel() + sum(w1.shape))
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w1, b1, w2, _, norm_weight, norm_bias, *ctx.settings, seed = inputs
-    ctx.set_materialize_grads(False)  # z, the second output, has none
-    z = output[1] if ctx.settings[0] == NORMS["post"] else None
-    ctx.save_for_backward(x, z, w1, b1, w2, norm_weight, norm_bias, seed)
-
-
-def _grads(ctx: Any, dy: Tensor, _: None) -> tuple:
-    x, z, w1, b1, w2, norm_weight, norm_bias, seed = ctx.saved_tensors
-    dy, post = dy.contiguous(), z is not None
-    dx, dz, weights, norms = None, None, [None] * 4, [None] * 2
-    if ctx.needs_input_grad[0] or any(ctx.needs_input_grad[5:7]) or post:
-        dx, dz, sums = torch.ops.ctr.ffn_triton_grad_x(dy, x, z, w1, b1, w2, norm_weight, norm_bias, *ctx.settings,
-                                                       seed)
-        if norm_weight is not None:
-            norms = sums.to(norm_weight.dtype).unbind()
-    if any(ctx.needs_input_grad[1:5]):
-        flat = torch.ops.ctr.ffn_triton_grad_weights(dz if post else dy, x, w1, b1, w2, norm_weight, norm_bias,
-                                                     *ctx.settings, seed)
-        dw1, dw2, db1, db2 = flat.split(_sizes(*w1.shape))
-        weights = [dw1.view(w1.shape), db1, dw2.view(w2.shape), db2]
-    return dx, *weights, *norms, None, None, None, None, None
-
-
-NORM = "Tensor? norm_weight, Tensor? norm_bias, int norm, float eps, int activation, float dropout_p, Tensor? seed"
-register("ffn_triton", f"(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, {NORM}) -> (Tensor, Tensor)", _forward,
-         _fake)
-register("ffn_triton_grad_x", f"(Tensor dy, Tensor x, Tensor? z, Tensor w1, Tensor b1, Tensor w2, {NORM}) "
-         "-> (Tensor, Tensor, Tensor)", _grad_tokens, _fake_grad_tokens)
-register("ffn_triton_grad_weights", f"(Tensor dy, Tensor x, Tensor w1, Tensor b1, Tensor w2, {NORM}) -> Tensor",
-         _grad_weights, _fake_grad_weights)
-torch.library.register_autograd("ctr::ffn_triton", _grads, setup_context=_save, lib=LIBRARY)
-no_double_backward("ctr::ffn_triton_grad_x")
-no_double_backward("ctr::ffn_triton_grad_weights")
-
-
-def ffn_triton(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str, dropout_p: float,
-               seed: Tensor | None) -> Tensor:
-    """[..., D], fp32, bf16 or fp16 -> [..., D]; x, w1, b1 and w2 are all that backward keeps."""
-    return _apply(x, w1, b1, w2, b2, (None, None, NORMS[None], 0.0), activation, dropout_p, seed)
-
-
-def ffn_block_triton(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm: str,
-                     layer_norm: torch.nn.LayerNorm, activation: str, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """x + ffn(LN(x)) of norm "pre", LN(x + ffn(x)) of "post", which also keeps x + ffn(x): [..., D] -> [..., D].
-
-    The products are computed in the dtype of the weights, norm and sum in fp32; x and the result may have another.
-    """
-    norms = layer_norm.weight, layer_norm.bias, NORMS[norm], layer_norm.eps
-    return _apply(x, w1, b1, w2, b2, norms, activation, dropout_p, seed)
-
-
-def _apply(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-           norms: tuple[Tensor | None, Tensor | None, int, float], activation: str, dropout_p: float,
-           seed: Tensor | None) -> Tensor:
-    dim = x.shape[-1]
-    tensors = (t.contiguous() for t in (x.reshape(-1, dim), w1, b1, w2, b2))
-    index = list(ACTIVATIONS).index(activation)
-    return torch.ops.ctr.ffn_triton(*tensors, *norms, index, dropout_p, seed)[0].view(x.shape)
+    dw1, dw2, db1, db2 = run(launch_choice(key, default, candidates, run))
+    return [dw1, db1, dw2, db2]
 
 
 def aot_specs() -> list[Spec]:
-    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf), with dropout.
+    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf) or with a gate ReGLU, with dropout.
 
-    The norms at D = 64, as the layer uses them, in the forward and token kernels and, before the FFN, in the weight
-    kernel.
+    The widest class at D = 192. The norms at D = 64, as the layer uses them, and pre-norm at 192, in the forward and
+    token kernels and, before the FFN, in the weight kernel.
     """
     specs = []
-    for (arithmetic, wide, cc), tiles in TILES.items():
-        dim, dtype = 128 if wide else 64, "bf16" if arithmetic == "half" else "fp32"
-        kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32",
-                 "eps": "fp32", "norm_weight": "*fp32", "norm_bias": "*fp32"}
-        constants = {"D": dim, "DP": dim, "HIDDEN": 256, "ACTIVATION": 0, "DROPOUT": True,
-                     "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
-        launches = [(forward_kernel, tiles.forward, {}), (token_kernel, tiles.token, {})]
-        launches += [(weight_kernel, tiles.weight, {"LAYERS": layers}) for layers in tiles.passes]
-        for (kernel, tile, extra), (norm, index) in itertools.product(launches, NORMS.items()):
-            if norm and (wide or (kernel is weight_kernel and norm == "post")):
+    for (arithmetic, width, gated, row), cc in itertools.product(TILES, CAPABILITIES):
+        if row not in (cc, ANY) or (row == ANY and (arithmetic, width, gated, cc) in TILES):
+            continue
+        dim = 192 if width == 256 else width
+        norms = {64: [0] if gated else [0, 1, 2], 128: [0], 256: [0, 1] if gated else [0]}[width]
+        for norm, name in itertools.product(norms, ("forward", "token", "weight")):
+            if name == "weight" and norm == NORMS["post"]:
                 continue
-            key = ("ffn", kernel.__name__.removesuffix("_kernel"), arithmetic, wide, cc, 256, index)
-            tile = table_choice(key, tile)
-            absent = ["norm_weight", "norm_bias"] if norm is None else []
-            absent += ["z"] if norm != "post" and kernel is token_kernel else []
-            constexprs = constants | {"BM": tile.tokens, "BH": tile.units, "STAGES": tile.stages, "NORM": index} | extra
-            constexprs |= dict.fromkeys(absent)
-            signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
-            part = "" if len(tiles.passes) == 1 or not extra else f" of layer {extra['LAYERS']}"
-            name = f"{kernel.__name__}{part} {dtype if arithmetic == 'half' else arithmetic} D {dim}"
-            name += f" {norm}-norm" if norm else ""
-            specs.append(Spec(kernel, signature, constexprs, tile.warps, name, (cc,), tensor_cores=True,
-                              tuned=not wide and arithmetic != "tf32"))
+            specs += _specs(Key("ffn", name, (width, 256, norm, int(gated)), arithmetic, cc), dim)
+    sizes = (256 * 64, 64 * 256, 256, 64)
+    return [*specs, *(sum_spec(f"sum_kernel {dtype} D 64", dtype, sizes) for dtype in ("fp32", "bf16"))]
+
+
+def _specs(key: Key, dim: int) -> list[Spec]:
+    """The kernel of that key at a width, in each of its passes."""
+    width, hidden, norm, gated = key.shape
+    kernel = {"forward": forward_kernel, "token": token_kernel, "weight": weight_kernel}[key.kernel]
+    tile, half = table_choice(key, default), key.arithmetic == "half"
+    dtype, padded = "bf16" if half else "fp32", max(16, triton.next_power_of_2(dim))
+    kinds = {"seed": "*i64", "partial": "*fp32", "tokens": "i32", "limit": "i32", "inverse_keep": "fp32",
+             "eps": "fp32", "norm_weight": "*fp32", "norm_bias": "*fp32"}
+    constexprs: dict[str, Any] = {
+        "D": dim, "DP": padded, "HIDDEN": hidden, "ACTIVATION": 3 if gated else 0, "NORM": norm, "DROPOUT": True,
+        "PRECISION": "tf32" if half else key.arithmetic, "BM": tile.tokens, "BH": tile.units, "STAGES": tile.stages,
+        "DS": tile.columns or padded}
+    absent = [] if norm else ["norm_weight", "norm_bias"]
+    absent += ["z"] if norm != NORMS["post"] and kernel is token_kernel else []
+    passes = tiles_for(key).passes or (SUMS[bool(gated)],) if kernel is weight_kernel else (0,)
+    specs = []
+    for layers in passes:
+        own = constexprs | dict.fromkeys(absent) | ({"LAYERS": layers} if layers else {})
+        signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in own}
+        label = f"{kernel.__name__}{f' of sums {layers}' if len(passes) > 1 else ''} {dtype if half else key.arithmetic}"
+        label += f" D {dim}{' reglu' if gated else ''}{f' {list(NORMS)[norm]}-norm' if norm else ''}"
+        specs.append(Spec(kernel, signature, own, tile.warps, label, (key.architecture,), tensor_cores=True,
+                          tuned=width == 64 and not gated and key.arithmetic != "tf32"))
     return specs

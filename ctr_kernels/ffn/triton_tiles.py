@@ -1,63 +1,92 @@
 """The launch configurations of the feed-forward network's Triton kernels."""
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import triton
 
-from ..triton_support import architecture, arithmetic_of, input_precision
+from ..triton_launch import ANY, Key, architecture, arithmetic_of, row_of
 
 
 class Tile(NamedTuple):
-    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), warps, and tiles in flight
-    while one is worked on."""
+    """A launch configuration: tokens and hidden units at a time (of these a multiple of 32), warps, tiles in flight
+    while one is worked on, and columns of D at a time in products over D, 0 for all."""
 
     tokens: int
     units: int
     warps: int
     stages: int = 2
+    columns: int = 0
 
 
 class Tiles(NamedTuple):
-    """The launch configurations of the three kernels, and the passes of the third (its LAYERS)."""
+    """The launch configurations of the three kernels, and the passes of the third (its LAYERS; none: all at once)."""
 
     forward: Tile
     token: Tile
     weight: Tile
-    passes: tuple[int, ...] = (3,)
+    passes: tuple[int, ...] = ()
 
 
-# By arithmetic ("half": fp16 and bf16), whether D exceeds 64, and architecture (sm_80 stands for all but 9x and 10x).
+# By arithmetic ("half": fp16 and bf16), widest D, gate and architecture (sm_80 stands for all but 9x and 10x).
 # Chosen by what the ptxas of triton 3.7 and 3.6 say: no spills, then the larger tile; where both sums of a wide slice
-# spill, each has its pass. (One is left: 8 bytes of the weight kernel of "tf32x3", True, 80 with triton 3.6.)
-TILES: dict[tuple[str, bool, int], Tiles] = {
-    ("half", False, 80): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("half", False, 90): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 4)),
-    ("half", False, 100): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 8)),
-    ("half", True, 80): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 32, 4)),
-    ("half", True, 90): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
-    ("half", True, 100): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
-    ("tf32", False, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 4)),
-    ("tf32", False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 8)),
-    ("tf32", False, 100): Tiles(Tile(64, 32, 4), Tile(64, 64, 8), Tile(32, 64, 8)),
-    ("tf32", True, 80): Tiles(Tile(64, 32, 4), Tile(32, 32, 8), Tile(16, 32, 4)),
-    ("tf32", True, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(16, 32, 4)),
-    ("tf32", True, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
-    ("tf32x3", False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-    ("tf32x3", False, 90): Tiles(Tile(128, 32, 8), Tile(32, 32, 4), Tile(32, 32, 8)),
-    ("tf32x3", False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
-    ("tf32x3", True, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8, stages=1), (1, 2)),
-    ("tf32x3", True, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
-    ("tf32x3", True, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+# spill, each has its pass. (One is left: 8 bytes of the weight kernel of "tf32x3", 128, 80 with triton 3.6.)
+TILES: dict[tuple, Tiles] = {
+    ("half", 64, False, 80): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
+    ("half", 64, False, 90): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 4)),
+    ("half", 64, False, 100): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 8)),
+    ("half", 128, False, 80): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 32, 4)),
+    ("half", 128, False, 90): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
+    ("half", 128, False, 100): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
+    ("tf32", 64, False, 80): Tiles(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 32, 4)),
+    ("tf32", 64, False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 8)),
+    ("tf32", 64, False, 100): Tiles(Tile(64, 32, 4), Tile(64, 64, 8), Tile(32, 64, 8)),
+    ("tf32", 128, False, 80): Tiles(Tile(64, 32, 4), Tile(32, 32, 8), Tile(16, 32, 4)),
+    ("tf32", 128, False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(16, 32, 4)),
+    ("tf32", 128, False, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
+    ("tf32x3", 64, False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
+    ("tf32x3", 64, False, 90): Tiles(Tile(128, 32, 8), Tile(32, 32, 4), Tile(32, 32, 8)),
+    ("tf32x3", 64, False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    ("tf32x3", 128, False, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8, stages=1), (1, 2)),
+    ("tf32x3", 128, False, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+    ("tf32x3", 128, False, 100): Tiles(Tile(64, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),
+    ("half", 64, True, ANY): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
+    ("half", 128, True, ANY): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(16, 32, 8), (1, 2, 4)),
+    ("half", 256, False, ANY): Tiles(*[Tile(32, 32, 8, 1, 64)] * 2, Tile(16, 32, 8, 1, 64), (1, 2)),
+    ("half", 256, True, ANY): Tiles(*[Tile(32, 32, 8, 1, 64)] * 2, Tile(16, 32, 8, 1, 64), (1, 2, 4)),
+    **{(arithmetic, *row, ANY): tiles for arithmetic in ("tf32", "tf32x3") for row, tiles in {
+        (64, True): Tiles(Tile(32, 32, 4), Tile(32, 32, 8), Tile(32, 32, 8), (1, 2, 4)),
+        (128, True): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2, 4)),
+        (256, False): Tiles(*[Tile(32, 32, 8, 1, 32)] * 2, Tile(16, 32, 8, 1, 32), (1, 2)),
+        (256, True): Tiles(*[Tile(32, 32, 8, 1, 32)] * 2, Tile(16, 32, 8, 1, 32), (1, 2, 4)),
+    }.items()},
 }
-CANDIDATES = [Tile(*shape) for shape in itertools.product((16, 32, 64, 128), (32, 64), (4, 8))]  # of a search
 
 
-def table_key(dim: int, dtype: torch.dtype, cc: int) -> tuple[str, bool, int]:
-    """The row of TILES for D = dim on sm_<cc>; 0 is the interpreter."""
-    return arithmetic_of(dtype), dim > 64, architecture(cc)
+def launch_key(kernel: str, dim: int, hidden: int, norm: int, gated: bool, dtype: torch.dtype, cc: int) -> Key:
+    """shape: D as a tile has it, 64 at least, hidden units, norm and gate."""
+    shape = (max(64, triton.next_power_of_2(dim)), hidden, norm, int(gated))
+    return Key("ffn", kernel, shape, arithmetic_of(dtype), architecture(cc))
 
 
-def tiles_for(dim: int, dtype: torch.dtype, cc: int) -> tuple[Tiles, str]:
-    """Launch configurations and input precision for D = dim on sm_<cc>."""
-    return TILES[table_key(dim, dtype, cc)], input_precision(dtype)
+def tiles_for(key: Key) -> Tiles:
+    """The row of the three kernels, whichever of them the key is of."""
+    width, _, _, gated = key.shape
+    tiles = row_of(TILES, key.arithmetic, width, bool(gated), key.architecture)
+    assert tiles is not None, key  # operator.py refuses a wider one
+    return tiles
+
+
+def default(key: Key) -> Tile:
+    """What the table has."""
+    tile: Tile = getattr(tiles_for(key), key.kernel)
+    return tile
+
+
+def candidates(key: Key) -> Iterator[Tile]:
+    """What a search tries."""
+    width, *_ = key.shape
+    slices = (0,) if width <= 128 else (32, 64)
+    return itertools.starmap(Tile, itertools.product((16, 32, 64, 128), (32, 64), (4, 8), (2,), slices))

@@ -45,27 +45,25 @@ def why_attention_is_not_fused(layer: "TransformerLayer", x: Tensor, backend: st
     """Why `ctr::attention_block` of that backend does not do the attention half on x [B, F, D]; None if it does."""
     _, fields, dim = x.shape
     norm, width, queries = attention_norm(layer, backend), out_features(layer._modules.get("qkv")) // 3, layer.queries
-    reason = _dtype_limits(x, backend) or half_supports(backend, dim, width, norm.kind, queries or 0)
-    reason = reason or attention_supports(backend, queries or fields, fields, width, layer.num_heads)
     modules = {name: layer._modules.get(name) for name in ("qkv", "out")}
-    return reason or (plain_linear(modules["qkv"], "qkv", dim, 3 * width)
-                      or plain_linear(modules["out"], "out", width, dim)
-                      or _norm_and_kind(layer, modules, x, norm, backend))
+    return (_dtype_limits(x, backend) or plain_linear(modules["qkv"], "qkv", dim, 3 * width)
+            or plain_linear(modules["out"], "out", width, dim) or _norm_and_kind(layer, modules, x, norm, backend)
+            or attention_supports(backend, queries or fields, fields, width, layer.num_heads)
+            or half_supports(backend, dim, width, norm.kind, queries or 0))
 
 
 def why_ffn_is_not_fused(layer: "TransformerLayer", x: Tensor, backend: str, norm: Norm | None = None) -> str | None:
     """Why `ctr::ffn` of that backend does not do the FFN half, or with Norm() the FFN alone, on x [B, F, D]."""
-    dim, first, second = x.shape[2], layer._modules.get("ffn_in"), layer._modules.get("ffn_out")
-    rows = out_features(first)
+    whole = norm is None
+    norm = ffn_norm(layer, backend) if norm is None else norm
+    modules, dim = {name: layer._modules.get(name) for name in ("ffn_in", "ffn_out")}, x.shape[2]
+    rows = out_features(modules["ffn_in"])
     hidden = rows // 2 if layer.gated else rows
-    if norm is None:
-        norm = ffn_norm(layer, backend)
-        reason = _dtype_limits(x, backend) or ffn_supports(backend, dim, hidden, layer.activation, norm.kind)
-        if reason is not None:
-            return reason
-    modules = {"ffn_in": first, "ffn_out": second}
-    return (plain_linear(first, "ffn_in", dim, 2 * hidden if layer.gated else hidden)
-            or plain_linear(second, "ffn_out", hidden, dim) or _norm_and_kind(layer, modules, x, norm, backend))
+    return ((_dtype_limits(x, backend) if whole else None)
+            or plain_linear(modules["ffn_in"], "ffn_in", dim, 2 * hidden if layer.gated else hidden)
+            or plain_linear(modules["ffn_out"], "ffn_out", hidden, dim)
+            or _norm_and_kind(layer, modules, x, norm, backend)
+            or (ffn_supports(backend, dim, hidden, layer.activation, norm.kind) if whole else None))
 
 
 def _dtype_limits(x: Tensor, backend: str) -> str | None:
@@ -93,24 +91,29 @@ def fused_attention(layer: "TransformerLayer", x: Tensor, dropout_p: float, back
     Products are computed in the dtype of autocast or x, norms and sums in fp32.
     """
     _check_dtype(x, layer.qkv.weight)
-    qkv, out = (autocast(*weight_and_bias(linear)) for linear in (layer.qkv, layer.out))
+    w_qkv, b_qkv, w_out, b_out = _weights(layer, "qkv", "out")
     seed = as_seed(None, x.device) if dropout_p > 0.0 else None
-    scale = (qkv[0].shape[0] // 3 // layer.num_heads) ** -0.5
+    scale = (w_qkv.shape[0] // 3 // layer.num_heads) ** -0.5
     kind, child = attention_norm(layer, backend)
     weight, bias, eps = _affine(layer, child)
-    return attention_half(x, *qkv, *out, layer.num_heads, scale, dropout_p, seed, norm=kind, norm_weight=weight,
-                          norm_bias=bias, eps=eps, queries=layer.queries or 0)
+    return attention_half(x, w_qkv, b_qkv, w_out, b_out, layer.num_heads, scale, dropout_p, seed, norm=kind,
+                          norm_weight=weight, norm_bias=bias, eps=eps, queries=layer.queries or 0)
 
 
 def fused_ffn(layer: "TransformerLayer", x: Tensor, dropout_p: float, backend: str) -> Tensor:
     """The FFN half, norm and residual included: [B, F, D] -> [B, F, D]."""
     _check_dtype(x, layer.ffn_in.weight)
-    first, last = (autocast(*weight_and_bias(linear)) for linear in (layer.ffn_in, layer.ffn_out))
+    w1, b1, w2, b2 = _weights(layer, "ffn_in", "ffn_out")
     seed = as_seed(None, x.device) if dropout_p > 0.0 else None
     kind, child = ffn_norm(layer, backend)
     weight, bias, eps = _affine(layer, child)
-    return feed_forward(x, *first, *last, layer.activation, dropout_p, seed, norm=kind, norm_weight=weight,
+    return feed_forward(x, w1, b1, w2, b2, layer.activation, dropout_p, seed, norm=kind, norm_weight=weight,
                         norm_bias=bias, eps=eps)
+
+
+def _weights(layer: "TransformerLayer", *children: str) -> tuple[Tensor, ...]:
+    """Weight and bias of each of these plain children, in the dtype of autocast."""
+    return autocast(*(t for name in children for t in weight_and_bias(layer._modules[name])))  # type: ignore[arg-type]
 
 
 def _affine(layer: "TransformerLayer", child: str | None) -> tuple[Tensor | None, Tensor | None, float]:

@@ -8,7 +8,7 @@ from ..ffn.operator import NORMS
 from ..library import LIBRARY, implement_in_triton, no_double_backward
 
 Tensor = torch.Tensor
-TRITON_MAX_DIM = 64  # wider tiles in fp32 exceed the shared memory of a multiprocessor
+TRITON_MAX_DIM = 256  # of tokens and of all heads: sums of wider rows exceed the registers
 
 
 def supports(backend: str, dim: int, width: int, norm: str | None, queries: int = 0) -> str | None:
@@ -16,12 +16,9 @@ def supports(backend: str, dim: int, width: int, norm: str | None, queries: int 
     None) and that many queries (0: all tokens); None if they do."""
     if backend == "native":
         return "norm='post' has no kernels" if norm == "post" else None
-    if queries or width != dim:
-        return f"{queries} queries and heads of {width} columns for tokens of {dim} have no kernels"
-    if backend == "triton" and norm is None:
-        return "a half without a norm has no kernels"
-    if backend == "triton" and dim > TRITON_MAX_DIM:
-        return f"D={dim}; the fused half takes up to {TRITON_MAX_DIM}"
+    for columns, what in ((dim, f"D={dim}"), (width, f"heads of {width} columns together")):
+        if columns > TRITON_MAX_DIM:
+            return f"{what}; the fused half takes up to {TRITON_MAX_DIM}"
     return None
 
 

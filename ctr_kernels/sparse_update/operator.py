@@ -1,11 +1,12 @@
-"""`ctr::embedding_lookup` and the native row updates."""
+"""`ctr::embedding_lookup` and `ctr::sparse_update`: one operator each for all backends."""
 
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..library import LIBRARY
+from ..library import INTERPRETED, LIBRARY, implement_in_triton
+from .plan import Plan
 from .rule import RULES, RowState, Rule, mark_written
 
 
@@ -32,13 +33,24 @@ def first_bad_id_native(ids: torch.Tensor, num_rows: int) -> int:
     return torch.ops.ctr.first_bad_id(ids.contiguous(), num_rows)
 
 
-def update_native(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState) -> None:
-    """`update_reference`, in place."""
-    step = 0 if state.step is None else int(state.step)
-    seed = 0 if state.seed is None else int(state.seed)
-    torch.ops.ctr.sparse_update(weight, state.first, state.second, state.last, ids.contiguous(), rows.contiguous(),
-                                RULES.index(rule.name), float(rule.lr), rule.weight_decay, rule.eps, rule.beta1,
-                                rule.beta2, step, seed)
+def update(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
+           plan: Plan | None = None) -> None:
+    """`update_reference`, in place, by the kernels of the table's device. The plan, if any, is of these ids.
+
+    A learning rate on the table's device, a GPU, is read there: nothing waits for it.
+    """
+    native = weight.device.type == "cpu" and not INTERPRETED  # which takes rows without gaps
+    lr, lr_on_device = 0.0, None
+    if isinstance(rule.lr, torch.Tensor) and rule.lr.device == weight.device and not native:
+        lr_on_device = rule.lr
+    else:
+        lr = float(rule.lr)
+    first, second = state.first if rule.name != "sgd" else None, state.second if rule.name == "lazy-adam" else None
+    rows = rows.contiguous() if native else rows
+    torch.ops.ctr.sparse_update(weight, first, second, state.last, ids.contiguous(), rows,
+                                None if plan is None else plan.sorted_ids, None if plan is None else plan.order,
+                                RULES.index(rule.name), lr, lr_on_device, rule.weight_decay, rule.eps, rule.beta1,
+                                rule.beta2, state.step, state.seed)
 
 
 def _fake_lookup(weight: torch.Tensor, ids: torch.Tensor, widen: bool) -> torch.Tensor:
@@ -68,12 +80,13 @@ def _fake_update(*_: Any) -> None:
 
 
 def _update_in_place(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-    """The operator writes its first four arguments (see its schema in library.py), whoever calls it."""
+    """The operator writes its first four arguments (see its schema in operators.inc), whoever calls it."""
     mark_written(*args[:4])
     with torch._C._AutoDispatchBelowADInplaceOrView():
         torch.ops.ctr.sparse_update.default.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
+implement_in_triton("sparse_update", ".sparse_update.triton", "update")
 LIBRARY.impl("sparse_update", _update_in_place, "ADInplaceOrView", with_keyset=True)
 LIBRARY.impl("embedding_lookup", _lookup, "CompositeExplicitAutograd")  # where there is no kernel of its own
 torch.library.register_fake("ctr::embedding_lookup", _fake_lookup, lib=LIBRARY)

@@ -47,10 +47,10 @@ import torch
 import triton
 
 from ..library import last_dim_contiguous
-from ..triton_autotune import launch_choice, table_choice
-from ..triton_support import CAPABILITIES, Spec, architecture, capability
-from .plan import Plan, sort_ids
-from .rule import RowState, Rule, mark_written
+from ..triton_launch import Key, architecture, capability, launch_choice, table_choice, width_of
+from ..triton_support import CAPABILITIES, Spec
+from .plan import sort_ids
+from .rule import RULES, Rule
 from .triton_kernels import chunk_kernel, close_kernel
 
 CLOSE_WARPS = 4
@@ -66,8 +66,6 @@ class Launch(NamedTuple):
     registers: int  # of a thread, at most; 0: as many as it takes
 
 
-Key = tuple[str, str, int, str, bool, int]  # operation, rule, padded row width, type, whether it counts steps, cc
-
 # By padded row width: positions of a chunk and of a tile, warps. One row lies within as few warps as 16-byte loads
 # allow, so that the scan over positions needs shuffles only, no shared memory.
 TABLE = {16: (64, 32, 1), 32: (64, 32, 1), 64: (64, 16, 1), 128: (64, 8, 1), 256: (64, 8, 2), 512: (64, 8, 4),
@@ -81,22 +79,22 @@ def _block(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _key(rule: str, dim: int, dtype: torch.dtype, counts: bool, cc: int) -> Key:
-    """dtype: of the table; counts: whether decay counts the steps between."""
-    kind = "fp32" if dtype == torch.float32 else "half"
-    return "sparse_update", rule, _block(dim), kind, counts, architecture(cc)
+def launch_key(rule: str, dim: int, dtype: torch.dtype, counts: bool, cc: int) -> Key:
+    """shape: the row width as a tile has it, and whether decay counts the steps between; dtype: of the table."""
+    return Key("sparse_update", rule, (_block(dim), int(counts)), width_of(dtype), architecture(cc))
 
 
-def _default(key: Key) -> Launch:
+def default(key: Key) -> Launch:
     """What the table has: half the positions of a tile where rows of state come along."""
-    _, rule, block, kind, counts, _ = key
+    block, counts = key.shape
     chunk, tile, warps = TABLE[block]
-    registers = 0 if kind == "half" or counts else REGISTERS.get((rule, block), 0)
-    return Launch(chunk, max(2, tile // 2) if rule in ("adagrad", "lazy-adam") else tile, warps, registers)
+    registers = 0 if key.arithmetic == "half" or counts else REGISTERS.get((key.kernel, block), 0)
+    return Launch(chunk, max(2, tile // 2) if key.kernel in ("adagrad", "lazy-adam") else tile, warps, registers)
 
 
-def _candidates(block: int) -> Iterator[Launch]:
+def candidates(key: Key) -> Iterator[Launch]:
     """What a search tries: 16 or 32 elements a thread."""
+    block, _ = key.shape
     for chunk, factor, elements in itertools.product((64, 128), (1, 2, 4), (16, 32)):
         warps = factor * max(1, block // 256)
         tile = elements * 32 * warps // block
@@ -121,28 +119,22 @@ def refusal(weight: torch.Tensor) -> str | None:
     return None
 
 
-def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
-                  plan: Plan | None = None) -> None:
-    """`update_reference`, in place; ids outside the table, which the lookup has refused, are left out.
-
-    The plan, if any, is of these ids. A learning rate on the table's device is read there.
-    """
+def update(weight: torch.Tensor, first: torch.Tensor | None, second: torch.Tensor | None, last: torch.Tensor | None,
+           ids: torch.Tensor, rows: torch.Tensor, sorted_ids: torch.Tensor | None, order: torch.Tensor | None,
+           rule: int, lr: float, lr_on_device: torch.Tensor | None, weight_decay: float, eps: float, beta1: float,
+           beta2: float, step: torch.Tensor | None, seed: torch.Tensor | None) -> None:
+    """ctr::sparse_update; ids outside the table, which the lookup has refused, are left out."""
     num_rows, dim = weight.shape
     if (reason := refusal(weight)) is not None:
         raise ValueError(reason)
-    tables = (weight, state.first if rule.name != "sgd" else None,
-              state.second if rule.name == "lazy-adam" else None, state.last)
-    mark_written(*tables)
+    tables, chosen = (weight, first, second, last), Rule(RULES[rule], lr, weight_decay, eps, beta1, beta2)
     if ids.numel() == 0:
         return
-    on_device = isinstance(rule.lr, torch.Tensor) and rule.lr.device == weight.device
-    lr = rule.lr if on_device else float(rule.lr)  # a tensor that is elsewhere is on the host: nothing waits
-    if plan is None:  # ids that no lookup has seen: one of 2^32 would else be 0 in int32
+    if sorted_ids is None or order is None:  # of ids that no lookup has seen: one of 2^32 would else be 0 in int32
         sorted_ids, order = sort_ids(ids.long().clamp(-1, num_rows), num_rows)
-    else:
-        sorted_ids, order = plan.sorted_ids, plan.order
-    scalars = (lr, state.step, state.seed, float(rule.weight_decay), float(rule.eps))
-    rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(rule)}
+    on_device = lr_on_device is not None
+    scalars = (lr_on_device if on_device else lr, step, seed, weight_decay, eps)
+    rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(chosen)}
     copies: list[torch.Tensor | None] = []
 
     def rehearse(launch: Launch) -> None:
@@ -150,8 +142,8 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
             copies.extend(None if table is None else table.clone() for table in tables)
         _run(launch, copies, sorted_ids, order, rows, scalars, constants)
 
-    key = _key(rule.name, dim, weight.dtype, state.last is not None, capability(weight.device))
-    launch = launch_choice(key, _default(key), _candidates(key[2]), rehearse)
+    key = launch_key(chosen.name, dim, weight.dtype, last is not None, capability(weight.device))
+    launch = launch_choice(key, default, candidates, rehearse)
     _run(launch, tables, sorted_ids, order, rows, scalars, constants)
 
 
@@ -185,8 +177,8 @@ def aot_specs() -> list[Spec]:
     specs = []
     for (dim, name, dtype, counts), cc in itertools.product(AOT, CAPABILITIES):
         rule = Rule(name, 0.1, weight_decay=0.1 if counts else 0.0)
-        key = _key(name, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, counts, cc)
-        launch = table_choice(key, _default(key))
+        key = launch_key(name, dim, torch.float32 if dtype == "fp32" else torch.bfloat16, counts, cc)
+        launch = table_choice(key, default)
         adam = name == "lazy-adam"
         kinds = {"weight": f"*{dtype}", "first": f"*{dtype if adam else 'fp32'}", "second": f"*{dtype}",
                  "last": "*i32", "sorted_ids": "*i32", "order": "*i64", "rows": "*fp32", "partial": "*fp32",

@@ -33,9 +33,17 @@ from torch.autograd.function import once_differentiable
 from ..philox import threshold
 from ..sparse_update.plan import Plan, row_gradient, start_plan
 from ..sparse_update.table import wants_rows
-from ..triton_autotune import launch_choice, table_choice
-from ..triton_support import CAPABILITIES, Spec, architecture, capability
-from .operator import TRITON_MAX_TILE
+from ..triton_launch import (
+    Key,
+    architecture,
+    capability,
+    launch_choice,
+    multiprocessors,
+    table_choice,
+    width_of,
+)
+from ..triton_support import CAPABILITIES, Spec
+from .operator import TRITON_MAX_TILE, Sizes, backward_sizes, sizes_of, split_sums
 from .reference import History
 from .triton_kernels import backward_kernel, forward_kernel
 
@@ -51,111 +59,75 @@ class Launch(NamedTuple):
     warps: int
 
 
-class Sizes(NamedTuple):
-    """What both kernels have compiled in: fields, features, statistics, width, one numeric token or one each, CLS."""
-
-    K: int
-    N: int
-    S: int
-    D: int
-    ONE: bool
-    CLS: int
-
-    @property
-    def head(self) -> int:
-        """Tokens in front of those of the fields."""
-        return self.CLS + (1 if self.ONE else self.N)
-
-
-Key = tuple[str, str, int, int, int, str, int]
-
-
-def _key(kernel: str, sizes: Sizes, dtype: torch.dtype, cc: int) -> Key:
-    """(operation, kernel, fields or features and elements of a token, both rounded up to powers of 2, statistics,
-    arithmetic, architecture)."""
-    block_d = max(16, triton.next_power_of_2(sizes.D))
+def launch_key(kernel: str, sizes: Sizes, dtype: torch.dtype, cc: int) -> Key:
+    """shape: fields or features and elements of a token, both rounded up to powers of 2, and statistics."""
     tokens = triton.next_power_of_2(max(sizes.K, sizes.CLS + sizes.N))
-    return "tokenizer", kernel, tokens, block_d, sizes.S, "fp32" if dtype == torch.float32 else "half", architecture(cc)
+    shape = (tokens, max(16, triton.next_power_of_2(sizes.D)), sizes.S)
+    return Key("tokenizer", kernel, shape, width_of(dtype), architecture(cc))
 
 
-def _default(key: Key) -> Launch:
+def default(key: Key) -> Launch:
     """4 warps that load 16 bytes a thread, as often as it takes for 4096 elements, or 2048 beside sums."""
-    _, kernel, tokens, block_d, _, arithmetic, _ = key
-    slice_tokens = min(tokens, max(1, 4 * 32 * (4 if arithmetic == "fp32" else 8) // block_d))
-    elements = 4096 if kernel == "forward" else 2048
+    tokens, block_d, _ = key.shape
+    slice_tokens = min(tokens, max(1, 4 * 32 * (4 if key.arithmetic == "fp32" else 8) // block_d))
+    elements = 4096 if key.kernel == "forward" else 2048
     return Launch(slice_tokens, max(1, elements // (slice_tokens * block_d)), 4 if block_d < 4096 else 8)
 
 
-def _candidates(key: Key) -> Iterator[Launch]:
+def candidates(key: Key) -> Iterator[Launch]:
     """What a search tries: not more than TRITON_MAX_TILE elements at once."""
-    _, kernel, tokens, block_d, statistics, *_ = key
-    sums = 1 + statistics if kernel == "backward" else 0
+    tokens, block_d, statistics = key.shape
+    sums = 1 + statistics if key.kernel == "backward" else 0
     slices = sorted({min(tokens, slice_tokens) for slice_tokens in (4, 8, 16, 32)})
     for launch in itertools.starmap(Launch, itertools.product(slices, (1, 2, 4, 8, 16), (2, 4, 8))):
         if launch.tokens * (launch.samples + sums) * block_d <= TRITON_MAX_TILE:
             yield launch
 
 
-def _forward(weight: Tensor, ids: Tensor, dense: Tensor, dense_weight: Tensor, dense_bias: Tensor | None,
-             cls: Tensor | None, field_bias: Tensor | None, history: tuple[Tensor | None, ...], dropout_p: float,
-             seed: Tensor | None, sizes: Sizes) -> Tensor:
+def forward(weight: Tensor, ids: Tensor, dense: Tensor, dense_weight: Tensor, dense_bias: Tensor | None,
+            cls: Tensor | None, field_bias: Tensor | None, history_weight: Tensor | None, history_bias: Tensor | None,
+            mean: Tensor | None, scale: Tensor | None, one: bool, dropout_p: float, seed: Tensor | None) -> Tensor:
     """[B, T, D]; all tensors contiguous."""
-    batch, device = len(ids), weight.device
-    out = torch.empty(batch, sizes.head + sizes.K, sizes.D, dtype=dense_weight.dtype, device=device)
-    key = _key("forward", sizes, out.dtype, capability(device))
+    sizes, batch = sizes_of(ids, dense, weight, history_weight, one, cls), len(ids)
+    out = torch.empty(batch, sizes.head + sizes.K, sizes.D, dtype=dense_weight.dtype, device=weight.device)
+    key = launch_key("forward", sizes, out.dtype, capability(weight.device))
 
     def run(launch: Launch) -> None:
         slices = triton.cdiv(sizes.K, launch.tokens) + triton.cdiv(sizes.head, launch.tokens)
         with torch.cuda.device_of(weight):
             forward_kernel[(triton.cdiv(batch, launch.samples) * slices,)](
-                weight, ids, dense, dense_weight, dense_bias, cls, field_bias, *history, seed, out, batch, len(weight),
-                threshold(dropout_p), 1.0 / (1.0 - dropout_p), **sizes._asdict(), BLOCK_D=key[3],
-                TOKENS=launch.tokens, ROWS=launch.samples, num_warps=launch.warps)
+                weight, ids, dense, dense_weight, dense_bias, cls, field_bias, history_weight, history_bias, mean,
+                scale, seed, out, batch, len(weight), threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+                **sizes._asdict(), BLOCK_D=key.shape[1], TOKENS=launch.tokens, ROWS=launch.samples,
+                num_warps=launch.warps)
 
     if batch:
-        run(launch_choice(key, _default(key), _candidates(key), run))
+        run(launch_choice(key, default, candidates, run))
     return out
 
 
-def _backward(grad: Tensor, dense: Tensor, mean: Tensor | None, scale: Tensor | None, dropout_p: float,
-              seed: Tensor | None, sizes: Sizes, biased: bool) -> tuple[Tensor, Tensor]:
-    """Row gradients [B K, D], and the sums of `_split` in fp32; all tensors contiguous."""
-    batch, device = len(grad), grad.device
-    rows = torch.empty(batch * sizes.K, sizes.D, dtype=grad.dtype, device=device)
-    key = _key("backward", sizes, grad.dtype, capability(device))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    own = _sums(sizes, biased)
+def backward(grad_out: Tensor, dense: Tensor, mean: Tensor | None, scale: Tensor | None, fields: int, one: bool,
+             cls: bool, biased: bool, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row gradients [B K, D], and the sums of `split_sums` in fp32; all tensors contiguous."""
+    sizes, batch, device = backward_sizes(grad_out, dense, mean, fields, one, cls), len(grad_out), grad_out.device
+    rows = torch.empty(batch * sizes.K, sizes.D, dtype=grad_out.dtype, device=device)
+    key, total = launch_key("backward", sizes, grad_out.dtype, capability(device)), sizes.sums(biased)
 
     def run(launch: Launch) -> Tensor:
         slices = triton.cdiv(sizes.K, launch.tokens) + triton.cdiv(sizes.CLS + sizes.N, launch.tokens)
-        groups = max(1, min(PROGRAMS * processors // slices, triton.cdiv(batch, launch.samples)))
-        partial = torch.empty(groups, own["SUMS"], dtype=torch.float32, device=device)
-        with torch.cuda.device_of(grad):
+        most = PROGRAMS * multiprocessors(device, interpreted=4) // slices
+        groups = max(1, min(most, triton.cdiv(batch, launch.samples)))
+        partial = torch.empty(groups, total, dtype=torch.float32, device=device)
+        with torch.cuda.device_of(grad_out):
             backward_kernel[(groups * slices,)](
-                grad, dense, mean, scale, seed, rows, partial, batch, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-                **sizes._asdict(), **own, BLOCK_D=key[3], TOKENS=launch.tokens, ROWS=launch.samples,
-                num_warps=launch.warps)
+                grad_out, dense, mean, scale, seed, rows, partial, batch, threshold(dropout_p),
+                1.0 / (1.0 - dropout_p), **sizes._asdict(), BIASED=biased, SUMS=total, BLOCK_D=key.shape[1],
+                TOKENS=launch.tokens, ROWS=launch.samples, num_warps=launch.warps)
         return partial.sum(0)
 
     if not batch:
-        return rows, torch.zeros(own["SUMS"], dtype=torch.float32, device=device)
-    return rows, run(launch_choice(key, _default(key), _candidates(key), run))
-
-
-def _sums(sizes: Sizes, biased: bool) -> dict[str, Any]:
-    """What the backward has compiled in besides: whether it sums the fields' gradients, and elements of all sums."""
-    vectors = sizes.head + sizes.N + sizes.S * sizes.K + sizes.K * biased
-    return {"BIASED": biased, "SUMS": vectors * sizes.D}
-
-
-def _split(sums: Tensor, sizes: Sizes, biased: bool) -> list[Tensor]:
-    """Sums over samples: gradient of the tokens of the head [HEAD, D] and, if biased, of the fields [K, D]; dense
-    weight; history weight."""
-    fields, features, statistics, dim, one, _ = sizes
-    shapes = [(sizes.head, dim), (fields * biased, dim), (dim, features) if one else (features, dim),
-              (statistics, fields, dim)]
-    return [part.view(shape) for part, shape in
-            zip(sums.split([torch.Size(shape).numel() for shape in shapes]), shapes, strict=True)]
+        return rows, torch.zeros(total, dtype=torch.float32, device=device)
+    return rows, run(launch_choice(key, default, candidates, run))
 
 
 class _Tokens(torch.autograd.Function):
@@ -167,7 +139,9 @@ class _Tokens(torch.autograd.Function):
                 cls: Tensor | None, field_bias: Tensor | None, *history: Tensor | None) -> Tensor:
         ctx.save_for_backward(indices, dense, dense_weight, *history, seed)
         ctx.table, ctx.plan, ctx.settings = weight.shape, plan, (dropout_p, sizes)
-        return _forward(weight, ids, dense, dense_weight, dense_bias, cls, field_bias, history, dropout_p, seed, sizes)
+        out: Tensor = torch.ops.ctr.field_tokens(weight, ids, dense, dense_weight, dense_bias, cls, field_bias,
+                                                 *history, sizes.ONE, dropout_p, seed)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -176,8 +150,9 @@ class _Tokens(torch.autograd.Function):
         dropout_p, sizes = ctx.settings
         needed = ctx.needs_input_grad[5:]  # weight, ids, dense, dense_weight, dense_bias, cls, field_bias, history
         biased = any(needed[6:])
-        rows, sums = _backward(grad.contiguous(), dense, mean, scale, dropout_p, seed, sizes, biased)
-        head, fields, to_dense, to_history = _split(sums.to(grad.dtype), sizes, biased)
+        rows, sums = torch.ops.ctr.field_tokens_backward(grad.contiguous(), dense, mean, scale, sizes.K, sizes.ONE,
+                                                         bool(sizes.CLS), biased, dropout_p, seed)
+        head, fields, to_dense, to_history = split_sums(sums.to(grad.dtype), sizes, biased)
         numeric = head[sizes.CLS:]
         grads = {"weight": row_gradient(indices, ctx.plan, rows, ctx.table), "ids": None,
                  "dense": _grad_dense(grad, dense_weight, history_weight, scale, sizes) if needed[2] else None,
@@ -209,9 +184,7 @@ def field_tokens_triton(weight: Tensor, ids: Tensor, dense: Tensor, dense_weight
     """
     indices = ids.reshape(1, -1).long()
     plan = start_plan(weight, indices) if wants_rows(weight, dense_weight.dtype) else None
-    statistics = 0 if history is None else len(history.weight)
-    sizes = Sizes(ids.shape[1], dense.shape[1] - statistics * ids.shape[1], statistics, weight.shape[1],
-                  numeric == "token", int(cls is not None))
+    sizes = sizes_of(ids, dense, weight, None if history is None else history.weight, numeric == "token", cls)
     tensors = (None if t is None else t.contiguous() for t in (weight, ids, dense, dense_weight, dense_bias, cls,
                                                                field_bias, *(history or (None,) * 4)))
     return _Tokens.apply(indices, plan, dropout_p, seed, sizes, *tensors)
@@ -235,11 +208,12 @@ def aot_specs() -> list[Spec]:
         given = {"cls": sizes.CLS, "field_bias": field_bias, "seed": drops,
                  **dict.fromkeys(("history_weight", "history_bias", "mean", "scale"), sizes.S)}
         absent: dict[str, Any] = {name: None for name, present in given.items() if not present}
+        biased = field_bias or sizes.S > 0
         for name, kernel, own in (("forward", forward_kernel, {}),
-                                  ("backward", backward_kernel, _sums(sizes, field_bias or sizes.S > 0))):
-            key = _key(name, sizes, torch.float32 if dtype == "fp32" else torch.bfloat16, cc)
-            launch = table_choice(key, _default(key))
-            constexprs = absent | own | sizes._asdict() | {"BLOCK_D": key[3], "TOKENS": launch.tokens,
+                                  ("backward", backward_kernel, {"BIASED": biased, "SUMS": sizes.sums(biased)})):
+            key = launch_key(name, sizes, torch.float32 if dtype == "fp32" else torch.bfloat16, cc)
+            launch = table_choice(key, default)
+            constexprs = absent | own | sizes._asdict() | {"BLOCK_D": key.shape[1], "TOKENS": launch.tokens,
                                                            "ROWS": launch.samples}
             constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
             signature = {argument: kinds.get(argument, f"*{dtype}") for argument in kernel.arg_names

@@ -25,8 +25,8 @@ from ctr_kernels import (
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
-from ctr_kernels import triton_autotune  # noqa: E402
-from ctr_kernels.triton_autotune import launch_choice  # noqa: E402
+from ctr_kernels import triton_launch  # noqa: E402
+from ctr_kernels.triton_launch import Key, launch_choice  # noqa: E402
 
 
 class Tile(NamedTuple):
@@ -56,36 +56,42 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_autotune, "_chosen", {})
+    monkeypatch.setattr(triton_launch, "_chosen", {})
 
 
 def tiles(*rows: int) -> list[Tile]:
     return [Tile(r) for r in rows]
 
 
+KEY = Key("attention", "forward", (32, 16), "half", 90)
+
+
+def choose(default: int, rows: list[int], clock: Clock, key: Key = KEY) -> Tile:
+    return launch_choice(key, lambda _: Tile(default), lambda _: tiles(*rows), clock.run, clock)
+
+
 def test_the_table_stands_unless_a_search_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CTR_KERNELS_AUTOTUNE", raising=False)
     clock = Clock({1: 2.0, 2: 1.0})
-    assert launch_choice(("key",), Tile(1), tiles(2), clock.run, clock) == Tile(1) and clock.runs == []
+    assert choose(1, [2], clock) == Tile(1) and clock.runs == []
 
 
 def test_the_fastest_is_chosen_once_and_printed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     clock = Clock({1: 0.012, 2: 0.009, 3: 0.010})
-    key = ("attention", "forward", 32, 16, 90)
-    found = [launch_choice(key, Tile(1), tiles(1, 2, 3, 4, 5, 6), clock.run, clock) for _ in range(2)]
+    found = [choose(1, [1, 2, 3, 4, 5, 6], clock) for _ in range(2)]
     assert found == tiles(2, 2)
     assert clock.runs == [1, 2, 3, 4, 5, 6]  # the default is timed once; 4 does not fit, 5 and 6 do not compile
-    assert capsys.readouterr().err == ("    ('attention', 'forward', 32, 16, 90): (2, 4),  "
+    assert capsys.readouterr().err == ("    ('attention', 'forward', (32, 16), 'half', 90): (2, 4),  "
                                        "# Tile(rows=2, warps=4): 9.0 us; Tile(rows=1, warps=4): 12.0 us\n")
-    assert launch_choice(("another",), Tile(3), [], clock.run, clock) == Tile(3) and clock.runs[-1] == 3
+    assert choose(3, [], clock, KEY._replace(architecture=80)) == Tile(3) and clock.runs[-1] == 3
 
 
 def test_nothing_that_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     clock = Clock({})
-    with pytest.raises(RuntimeError, match=r"no launch configuration of \('key',\) fits this GPU: Tile\(rows=1, "):
-        launch_choice(("key",), Tile(1), tiles(2), clock.run, clock)
+    with pytest.raises(RuntimeError, match=r"no launch configuration of \('attention', .* fits this GPU: Tile\(rows=1, "):
+        choose(1, [2], clock)
 
 
 def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +99,8 @@ def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     clock = Clock({1: 1.0})
-    with pytest.raises(RuntimeError, match=r"cannot time \('key',\) while a CUDA graph is captured: run a step first"):
-        launch_choice(("key",), Tile(1), [], clock.run, clock)
+    with pytest.raises(RuntimeError, match=r"cannot time \('attention', .* while a CUDA graph is captured: run a step "):
+        choose(1, [], clock)
 
 
 @outside
@@ -176,7 +182,7 @@ def test_a_search_runs_every_candidate_and_prints_lines_for_the_table(name: str,
         tried.append(run.args[0])
         return 1.0 / len(tried)
 
-    monkeypatch.setattr(triton_autotune, "_milliseconds", milliseconds)
+    monkeypatch.setattr(triton_launch, "_milliseconds", milliseconds)
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     torch.testing.assert_close(results(), expected)
     pasted = ast.literal_eval("{" + capsys.readouterr().err + "}")
@@ -184,15 +190,15 @@ def test_a_search_runs_every_candidate_and_prints_lines_for_the_table(name: str,
     assert len(tried) >= 10 * len(pasted)
 
     monkeypatch.delenv("CTR_KERNELS_AUTOTUNE")
-    monkeypatch.setattr(triton_autotune, "TUNED", pasted)
+    monkeypatch.setattr(triton_launch, "TUNED", pasted)
     chosen = {}
 
-    def choose(key: tuple, default: tuple, *rest: object) -> tuple:
-        chosen[key] = launch_choice(key, default, *rest)
-        assert type(chosen[key]) is type(default) and chosen[key] != default
+    def recorded(key: Key, default: Callable[[Key], tuple], *rest: object) -> tuple:
+        chosen[tuple(key)] = launch_choice(key, default, *rest)
+        assert type(chosen[key]) is type(default(key)) and chosen[key] != default(key)
         return chosen[key]
 
     for kind in kinds:
-        monkeypatch.setattr(import_module(f"ctr_kernels.{kind}.triton"), "launch_choice", choose)
+        monkeypatch.setattr(import_module(f"ctr_kernels.{kind}.triton"), "launch_choice", recorded)
     torch.testing.assert_close(results(), expected)
     assert chosen == pasted

@@ -39,8 +39,8 @@ def test_parity(dtype: torch.dtype) -> None:
 def test_the_operator_and_the_same_bits_at_every_run() -> None:
     torch.manual_seed(1)
     inputs = cross_inputs(9, 24, 8)
-    opcheck(torch.ops.ctr.low_rank_cross_triton, [t.clone().requires_grad_() for t in inputs])
-    opcheck(torch.ops.ctr.low_rank_cross_triton_backward, (inputs[0].cos(), *inputs))
+    opcheck(torch.ops.ctr.low_rank_cross, [t.clone().requires_grad_() for t in inputs])
+    opcheck(torch.ops.ctr.low_rank_cross_backward, (inputs[0].cos(), *inputs))
     first, second = (with_gradients(run, inputs, inputs[0].cos()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -63,16 +63,16 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(3)
     x0, x, u, v, bias = cross_inputs(70, 100, 16)
     accesses = counting(monkeypatch)
-    y = kernels._forward(x0, x, u, v, bias)
+    y = kernels.forward(x0, x, u, v, bias)
     assert times(accesses["load"], x0) == {1} and times(accesses["load"], x) == {2}  # the second from the cache
     assert times(accesses["store"], y) == {1} and accesses["store"].total() == y.numel()
     accesses = counting(monkeypatch)
-    kernels._backward(y, x0, x, u, v, bias)
+    kernels.backward(y, x0, x, u, v, bias)
     # Row kernel: grad twice, x0 and x once; weight kernel: each once.
     assert [times(accesses["load"], t) for t in (y, x0, x)] == [{3}, {2}, {2}]
-    tile = kernels.TILES[kernels._table_key("weight", torch.float32, 0)]
+    tile = kernels.default(kernels.launch_key("weight", 100, 16, torch.float32, 0))
     parts = min(16 * (8 // tile.warps) // -(-100 // tile.columns), -(-70 // tile.rows))
-    assert accesses["store"].total() == 2 * 7000 + 2 * 70 * 16 + parts * (2 * 100 * 16 + 100)
+    assert accesses["store"].total() == 2 * 7000 + 2 * 70 * 16 + (parts + 1) * (2 * 100 * 16 + 100)
 
 
 @interpreted

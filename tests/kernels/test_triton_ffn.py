@@ -14,12 +14,13 @@ pytest.importorskip("triton")
 from ctr_kernels.ffn import triton as kernels  # noqa: E402
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
+GATED = ("reglu", "geglu", "swiglu")
 SHAPES = [(0, 64, 256), (1, 64, 128), (70, 64, 104), (40, 20, 8), (33, 8, 72), (20, 128, 40), (17, 65, 40)]
 
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 25)
+    run_in_the_interpreter(__file__, 49)
 
 
 def check_ffn(inputs: Tensors, activation: str, dropout_p: float = 0.0) -> None:
@@ -39,6 +40,42 @@ def test_parity(activation: str, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for tokens, dim, hidden in SHAPES:
         check_ffn(ffn_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
+
+
+def gated_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
+    """Of a first layer with two outputs for each hidden unit."""
+    x, w1, b1, _, _ = ffn_inputs(tokens, dim, 2 * hidden, dtype)
+    return [x, w1, b1, *ffn_inputs(tokens, dim, hidden, dtype)[3:]]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", GATED)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_parity_of_gates(activation: str, dropout_p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    for tokens, dim, hidden in [(0, 64, 85), (41, 64, 85), (20, 20, 3), (17, 100, 33), (5, 192, 40)]:
+        check_ffn(gated_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "dim", "hidden"), [(37, 192, 33), (9, 256, 70), (20, 130, 1), (33, 1, 5)])
+def test_parity_of_other_widths(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    check_ffn(ffn_inputs(tokens, dim, hidden, dtype), "gelu", 0.3)
+
+
+@interpreted
+@pytest.mark.parametrize("activation", GATED)
+def test_the_mask_of_gates_is_that_of_the_specification(activation: str) -> None:
+    """a is 0 and its gate 1 or so: the gradient of a's bias row by row is the mask, summed over one token."""
+    hidden = 40
+    keep = dropout_mask_torch(1, hidden, 0.3, torch.tensor([SEED]))
+    w1, b1 = torch.zeros(2 * hidden, 16), torch.cat([torch.zeros(hidden), torch.ones(hidden)])
+    grads = with_gradients(lambda *t: ffn(*t, activation=activation, dropout_p=0.3, seed=SEED, kernels="triton"),
+                           [torch.zeros(1, 16), w1, b1, torch.ones(16, hidden), torch.zeros(16)], torch.ones(1, 16))
+    assert torch.equal(grads[3][:hidden] != 0, keep[0]) and not grads[3][hidden:].any()
 
 
 @interpreted
@@ -106,12 +143,19 @@ def test_the_same_bits_at_every_run() -> None:
 
 @interpreted
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="D=129; kernels='triton' takes up to 128"):
-        ffn(*ffn_inputs(2, 129, 8, torch.float32), kernels="triton")
+    with pytest.raises(ValueError, match="D=257; kernels='triton' takes up to 256"):
+        ffn(*ffn_inputs(2, 257, 8, torch.float32), kernels="triton")
     inputs = [t.requires_grad_() for t in ffn_inputs(2, 16, 8, torch.float32)]
     (grad,) = torch.autograd.grad(ffn(*inputs, kernels="triton").sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward needs kernels='eager'"):
         grad.sum().backward()
+
+
+@interpreted
+def test_gradients_share_no_memory() -> None:
+    x, w1, b1, w2, _ = ffn_inputs(5, 16, 24, torch.float32)
+    grads = torch.ops.ctr.ffn_backward(x.cos(), x, None, w1, b1, w2, None, None, 0, 0.0, 0, 0.0, None)[:5]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 5
 
 
 @interpreted
@@ -120,25 +164,27 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     tokens, dim, hidden = 70, 64, 72
     x, w1, b1, w2, b2 = (t.contiguous() for t in ffn_inputs(tokens, dim, hidden, torch.float32))
     dy, seed = torch.randn(tokens, dim), torch.tensor([SEED])
-    tiles, _ = kernels.tiles_for(dim, torch.float32, 0)
+    weights, settings = (w1, b1, w2, None, None), (0, 0.0, 0, 0.1)
+    forward, token, weight = (kernels.default(kernels.launch_key(name, dim, hidden, 0, False, torch.float32, 0))
+                              for name in ("forward", "token", "weight"))
 
     def per_tile(tile: kernels.Tile) -> set[int]:
         return {-(-tokens // tile.tokens)}
 
     accesses = counting(monkeypatch)
-    y, _ = kernels._forward(x, w1, b1, w2, b2, None, None, 0, 0.0, 0, 0.1, seed)
-    assert [times(accesses["load"], t) for t in (x, w1, b1, w2, b2)] == [{1}, *[per_tile(tiles.forward)] * 4]
+    y, _ = kernels.forward(x, w1, b1, w2, b2, None, None, *settings, seed)
+    assert [times(accesses["load"], t) for t in (x, w1, b1, w2, b2)] == [{1}, *[per_tile(forward)] * 4]
     assert times(accesses["store"], y) == {1} and accesses["store"].total() == y.numel()
 
     accesses = counting(monkeypatch)
-    dx, *_ = kernels._grad_tokens(dy, x, None, w1, b1, w2, None, None, 0, 0.0, 0, 0.1, seed)
-    assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [{1}, {1}, *[per_tile(tiles.token)] * 3]
+    dx, *_ = kernels.grad_tokens(dy, x, None, weights, settings, seed)
+    assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [{1}, {1}, *[per_tile(token)] * 3]
     assert times(accesses["store"], dx) == {1} and accesses["store"].total() == dx.numel()
 
     accesses = counting(monkeypatch)
-    kernels._grad_weights(dy, x, w1, b1, w2, None, None, 0, 0.0, 0, 0.1, seed)
-    slices = -(-hidden // tiles.weight.units)
-    parts = kernels._programs_a_slice(tiles.weight, tokens, hidden, x.device)
+    kernels.grad_weights(dy, x, weights, settings, seed)
+    slices = -(-hidden // weight.units)
+    parts = kernels.programs_a_slice(weight, tokens, hidden, x.device)
     assert [times(accesses["load"], t) for t in (x, dy, w1, b1, w2)] == [*[{slices}] * 2, *[{parts}] * 3]
-    assert set(accesses["store"].values()) == {1}
-    assert accesses["store"].total() == parts * (2 * dim * hidden + hidden + dim)
+    sums = 2 * dim * hidden + hidden + dim  # written by each part, read once, and written once more as gradients
+    assert set(accesses["store"].values()) == {1} and accesses["store"].total() == (parts + 1) * sums

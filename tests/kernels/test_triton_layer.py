@@ -10,10 +10,12 @@ from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
 from ctr_kernels import TransformerLayer
-from ctr_kernels.attention.reference import field_attention_reference
 from ctr_kernels.ffn.reference import ffn_reference
+from ctr_kernels.layer.operator import attention_half
+from ctr_kernels.layer.reference import attention_half_reference
 
 pytest.importorskip("triton")
+from ctr_kernels import layer as layers  # noqa: E402
 from ctr_kernels.ffn import triton as ffn_kernels  # noqa: E402
 from ctr_kernels.layer import triton as kernels  # noqa: E402
 from ctr_kernels.triton_norm import NORMS  # noqa: E402
@@ -25,7 +27,7 @@ EPS = 1e-5
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 29)
+    run_in_the_interpreter(__file__, 33)
 
 
 def draw(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -49,7 +51,7 @@ def test_the_half_of_the_ffn(norm: str, dtype: torch.dtype) -> None:
                                                    (dim, hidden), (dim,))
 
         def fused(x, norm_weight, norm_bias, *weights, p=p):
-            return OPS.ffn_triton(x, *weights, norm_weight, norm_bias, NORMS[norm], EPS, 0, p, torch.tensor([SEED]))[0]
+            return OPS.ffn(x, *weights, norm_weight, norm_bias, NORMS[norm], EPS, 0, p, torch.tensor([SEED]))[0]
 
         def formula(x, norm_weight, norm_bias, *weights, p=p):
             return block(norm, x, norm_weight, norm_bias,
@@ -58,35 +60,49 @@ def test_the_half_of_the_ffn(norm: str, dtype: torch.dtype) -> None:
         check(fused, formula, [x * 8, norm_weight, norm_bias, *weights], torch.randn(tokens, dim).to(dtype))
 
 
+# (B, F, D, H, d, queries, dropout): heads of D columns together or not, all queries or the first ones alone.
+HALVES = [(0, 27, 64, 4, 16, 0, 0.0), (3, 27, 64, 4, 16, 0, 0.0), (1, 1, 16, 2, 8, 0, 0.0), (2, 40, 24, 3, 8, 0, 0.3),
+          (4, 9, 48, 3, 16, 0, 0.3), (3, 9, 64, 4, 16, 1, 0.0), (2, 11, 24, 3, 10, 4, 0.3), (2, 6, 192, 2, 40, 1, 0.3),
+          (1, 5, 100, 4, 40, 0, 0.0), (0, 5, 16, 2, 8, 1, 0.0)]
+
+
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_the_half_of_the_attention(norm: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("norm", [None, "pre", "post"])
+def test_the_half_of_the_attention(norm: str | None, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    for batch, fields, dim, heads, p in [(0, 27, 64, 4, 0.0), (3, 27, 64, 4, 0.0), (1, 1, 16, 2, 0.0),
-                                         (2, 40, 24, 3, 0.3), (4, 9, 48, 3, 0.3)]:
-        inputs = draw(dtype, (batch, fields, dim), (dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,))
+    for batch, fields, dim, heads, head_dim, queries, p in HALVES:
+        width = heads * head_dim
+        inputs = draw(dtype, (batch, fields, dim), (3 * width, dim), (3 * width,), (dim, width), (dim,),
+                      *[(dim,)] * (2 if norm else 0))
 
-        def fused(*tensors, heads=heads, p=p):
-            return OPS.attention_block_triton(*tensors, NORMS[norm], EPS, heads, p, torch.tensor([SEED]))[0]
+        def half(function, heads=heads, head_dim=head_dim, queries=queries, p=p):
+            def run(x, w_qkv, b_qkv, w_out, b_out, *affine):
+                weight, bias = affine or (None, None)
+                return function(x, w_qkv, b_qkv, w_out, b_out, heads, head_dim**-0.5, p, torch.tensor([SEED]),
+                                norm=norm, norm_weight=weight, norm_bias=bias, eps=EPS, queries=queries)
+            return run
 
-        def formula(x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias, dim=dim, heads=heads, p=p):
-            def attention(t):
-                q, k, v = F.linear(t, qkv_weight, qkv_bias).chunk(3, dim=-1)
-                scale = (dim // heads) ** -0.5
-                attended = field_attention_reference(q, k, v, heads, scale, p, torch.tensor([SEED]))
-                return F.linear(attended, out_weight, out_bias)
-            return block(norm, x, norm_weight, norm_bias, attention)
+        check(half(attention_half), half(attention_half_reference), inputs,
+              torch.randn(batch, queries or fields, dim).to(dtype))
 
-        check(fused, formula, inputs, torch.randn(batch, fields, dim).to(dtype))
+
+@interpreted
+def test_gradients_share_no_memory() -> None:
+    x, w_qkv, b_qkv, w_out, b_out = draw(torch.float32, (2, 5, 16), (48, 16), (48,), (16, 16), (16,))
+    for queries in (0, 1):
+        settings = (None, None, 0, 0.0, 2, queries, 0.25, 0.0, None)
+        y, *kept = OPS.attention_block(x, w_qkv, b_qkv, w_out, b_out, *settings)
+        grads = OPS.attention_block_backward(y.cos(), x, *kept, w_qkv, w_out, *settings)[:5]
+        assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 5
 
 
 @interpreted
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_a_layer_wider_than_the_fused_halves_is_composed(norm: str) -> None:
-    layers = [TransformerLayer(128, 2, 8, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
+    layers = [TransformerLayer(264, 4, 8, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.linspace(-2, 2, 2 * 3 * 128).view(2, 3, 128)
+    x = torch.linspace(-2, 2, 2 * 3 * 264).view(2, 3, 264)
     torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-4, atol=1e-4)
 
 
@@ -107,8 +123,8 @@ def test_a_layer_has_the_result_of_its_composition(norm: str) -> None:
         mixed = layers[0](x)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, results[1][0], rtol=2e-2, atol=2e-2)
-    with pytest.raises(ValueError, match="F=65 fields"):
-        layers[0](torch.zeros(1, 65, 32))
+    with pytest.raises(ValueError, match="F=129 fields"):
+        layers[0](torch.zeros(1, 129, 32))
     with pytest.raises(TypeError, match="the layer's weight has dtype torch.float32, x has torch.float16"):
         layers[0](torch.zeros(1, 2, 32, dtype=torch.float16))
 
@@ -130,8 +146,8 @@ def test_changed_children_are_called_and_the_other_half_is_fused(name: str, norm
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     results, calls = [], []
     for function in ("fused_attention", "fused_ffn"):
-        run = getattr(kernels, function)
-        monkeypatch.setattr(kernels, function, lambda *of, _f=run, _n=function: (calls.append(_n), _f(*of))[1])
+        run = getattr(layers, function)
+        monkeypatch.setattr(layers, function, lambda *of, _f=run, _n=function: (calls.append(_n), _f(*of))[1])
     for backend in ("triton", "eager"):
         torch.manual_seed(5)
         layer = TransformerLayer(32, 2, 64, norm=norm, dropout=0.3, kernels=backend)
@@ -150,8 +166,8 @@ def test_a_compiled_layer_finds_its_backend() -> None:
     layer, x = TransformerLayer(32, 2, 64, kernels="triton"), torch.randn(1, 3, 32)
     assert repr(layer).count("fused (triton)") == 2
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
-    wide = TransformerLayer(128, 2, 64, kernels="triton")
-    assert repr(wide).count("children are called: D=128; the fused half takes up to 64") == 2
+    wide = TransformerLayer(264, 4, 64, kernels="triton")
+    assert "attention: children are called: D=264; the fused half takes up to 256" in repr(wide)
 
 
 @interpreted
@@ -160,19 +176,25 @@ def test_the_traffic_of_the_ffn_is_that_of_the_model(norm: str, monkeypatch: pyt
     torch.manual_seed(3)
     x, dy, norm_weight, norm_bias, w1, b1, w2, b2 = draw(
         torch.float32, (70, 64), (70, 64), (64,), (64,), (72, 64), (72,), (64, 72), (64,))
-    settings = (norm_weight, norm_bias, NORMS[norm], EPS, 0, 0.0, None)
+    settings = (NORMS[norm], EPS, 0, 0.0)
     accesses = counting(monkeypatch)
-    y, z = ffn_kernels._forward(x, w1, b1, w2, b2, *settings)
+    y, z = ffn_kernels.forward(x, w1, b1, w2, b2, norm_weight, norm_bias, *settings, None)
     assert times(accesses["load"], x) == {2} and times(accesses["store"], y) == {1}  # the second from the cache
     assert accesses["store"].total() == y.numel() + z.numel()
     accesses = counting(monkeypatch)
     post = norm == "post"
-    dx, dz, _ = ffn_kernels._grad_tokens(dy, x, z if post else None, w1, b1, w2, *settings)
+    dx, dz, _ = ffn_kernels.grad_tokens(dy, x, z if post else None, (w1, b1, w2, norm_weight, norm_bias), settings, None)
     assert times(accesses["load"], x) == times(accesses["load"], dy) == {1 if post else 2}
     if post:
         assert times(accesses["load"], z) == times(accesses["load"], dz) == times(accesses["store"], dz) == {1}
-    tiles = -(-70 // ffn_kernels.tiles_for(64, torch.float32, 0)[0].token.tokens)
+    key = ffn_kernels.launch_key("token", 64, 72, NORMS[norm], False, torch.float32, 0)
+    tiles = -(-70 // ffn_kernels.default(key).tokens)
     assert accesses["store"].total() == dx.numel() + dz.numel() + tiles * 2 * 64
+
+
+def slices(outputs: int, norm: int = 0) -> int:
+    """How many slices of outputs the weight kernel has."""
+    return -(-outputs // kernels.default(kernels.launch_key("weight", 64, outputs, norm, torch.float32, 0)).outputs)
 
 
 @interpreted
@@ -181,20 +203,37 @@ def test_the_traffic_of_the_attention_is_that_of_the_model(norm: str, monkeypatc
     """In elements of memory: each tensor as often as the docstring counts it."""
     torch.manual_seed(4)
     batch, fields, dim, post = 3, 27, 64, norm == "post"
-    x, dy, *rest = draw(torch.float32, (batch, fields, dim), (batch, fields, dim), (dim,), (dim,), (3 * dim, dim),
-                        (3 * dim,), (dim, dim), (dim,))
-    settings = (NORMS[norm], EPS, 4, 0.0, None)
+    x, dy, w_qkv, b_qkv, w_out, b_out, *affine = draw(
+        torch.float32, (batch, fields, dim), (batch, fields, dim), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,),
+        (dim,), (dim,))
+    settings = (*affine, NORMS[norm], EPS, 4, 0, 0.25, 0.0, None)
     accesses = counting(monkeypatch)
-    y, qkv, heads, z = kernels._forward(x, *rest, *settings)
+    y, qkv, q, heads, z = kernels.forward(x, w_qkv, b_qkv, w_out, b_out, *settings)
     assert times(accesses["load"], x) == {2} and times(accesses["load"], qkv) == times(accesses["load"], heads) == {1}
     assert accesses["store"].total() == x.numel() * (6 if post else 5)
 
     accesses = counting(monkeypatch)
-    norm_weight, norm_bias, qkv_weight, _, out_weight, _ = rest
-    kernels._backward(dy, x, qkv, heads, z, norm_weight, norm_bias, qkv_weight, out_weight, *settings)
-    slices = [-(-n // kernels.TILES[kernels._table_key(torch.float32, 0)][2].outputs) for n in (3 * dim, dim)]
-    assert times(accesses["load"], x) == {slices[0] + (not post)}
-    assert times(accesses["load"], heads) == {slices[1]} and times(accesses["load"], qkv) == {1}
-    assert times(accesses["load"], dy) == {1 if post else 2 + slices[1]}
+    kernels.backward(dy, x, qkv, q, heads, z, w_qkv, w_out, *settings)
+    assert times(accesses["load"], x) == {slices(3 * dim, NORMS["pre"] if not post else 0) + (not post)}
+    assert times(accesses["load"], heads) == {slices(dim)} and times(accesses["load"], qkv) == {1}
+    assert times(accesses["load"], dy) == {1 if post else 2 + slices(dim)}
     if post:
         assert times(accesses["load"], z) == {1}
+
+
+@interpreted
+def test_the_traffic_of_one_query_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    x, w_qkv, b_qkv, w_out, b_out, *affine = draw(torch.float32, (3, 40, 64), (192, 64), (192,), (64, 64), (64,), (64,),
+                                                  (64,))
+    settings = (*affine, NORMS["pre"], EPS, 4, 1, 0.25, 0.0, None)
+    accesses = counting(monkeypatch)
+    y, kv, q, heads, z = kernels.forward(x, w_qkv, b_qkv, w_out, b_out, *settings)
+    assert times(accesses["load"], x[:, 0]) == {3} and times(accesses["load"], x[:, 1:]) == {1}  # kv; q and residual
+    assert times(accesses["load"], kv) == {1} and times(accesses["load"], q) == times(accesses["load"], heads) == {1}
+    assert accesses["store"].total() == 2 * x.numel() + 3 * y.numel()
+
+    accesses = counting(monkeypatch)
+    dx, *_ = kernels.backward(y.cos(), x, kv, q, heads, z, w_qkv, w_out, *settings)
+    assert times(accesses["load"], kv) == times(accesses["store"], dx) == {1}
+    assert times(accesses["load"], x[:, 1:]) == {1 + slices(128, NORMS["pre"])}

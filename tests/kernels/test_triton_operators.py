@@ -8,16 +8,13 @@ from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from ctr_kernels import TransformerLayer, ffn, field_attention
 
 pytest.importorskip("triton")
-from ctr_kernels.attention import triton as _attention  # noqa: E402, F401
-from ctr_kernels.ffn import triton as _ffn  # noqa: E402, F401
-
 OPS = torch.ops.ctr
 SEED = torch.tensor([4])
 
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 7)
+    run_in_the_interpreter(__file__, 18)
 
 
 def draw(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -30,22 +27,41 @@ def weights(grad: bool = True) -> list[torch.Tensor]:
 
 @interpreted
 def test_opcheck_of_attention() -> None:
-    qkv = [draw(2, 5, 32) for _ in range(3)]
-    opcheck(OPS.field_attention_triton, (*qkv, 2, 0.25, 0.1, SEED))
-    grad, detached = draw(2, 5, 32, grad=False), [t.detach() for t in qkv]
-    opcheck(OPS.field_attention_triton_backward, (grad, *detached, 2, 0.25, 0.1, SEED))
-    opcheck(OPS.field_attention_packed_triton, (draw(2, 5, 96), 2, 0.25, 0.0, None))
-    opcheck(OPS.field_attention_packed_triton_backward, (grad, draw(2, 5, 96, grad=False), 2, 0.25, 0.1, SEED))
+    q, k, v = draw(2, 3, 32), draw(2, 5, 32), draw(2, 5, 32)
+    opcheck(OPS.field_attention, (q, k, v, 2, 0.25, 0.1, SEED))
+    grad = draw(2, 5, 32, grad=False)
+    opcheck(OPS.field_attention_backward, (grad[:, :3], *(t.detach() for t in (q, k, v)), 2, 0.25, 0.1, SEED))
+    opcheck(OPS.field_attention_packed, (draw(2, 5, 96), 2, 0.25, 0.0, None))
+    opcheck(OPS.field_attention_packed_backward, (grad, draw(2, 5, 96, grad=False), 2, 0.25, 0.1, SEED))
 
 
 @interpreted
-def test_opcheck_of_the_ffn() -> None:
-    opcheck(OPS.ffn_triton, (draw(7, 32), *weights(), None, None, 0, 0.0, 0, 0.1, SEED))
-    opcheck(OPS.ffn_triton, (draw(7, 32), *weights(), draw(32), draw(32), 2, 1e-5, 0, 0.0, None))
-    dy, x, z, norm_weight, norm_bias = (draw(*shape, grad=False) for shape in [(7, 32)] * 3 + [(32,)] * 2)
-    last = (*weights(False)[:3], norm_weight, norm_bias, 2, 1e-5, 0, 0.0, None)
-    opcheck(OPS.ffn_triton_grad_x, (dy, x, z, *last))
-    opcheck(OPS.ffn_triton_grad_weights, (dy, x, *last))
+@pytest.mark.parametrize("activation", [0, 3])
+@pytest.mark.parametrize("norm", [0, 1, 2])
+def test_opcheck_of_the_ffn(norm: int, activation: int) -> None:
+    tensors = [draw(*shape) for shape in [(7, 20), (18 if activation == 3 else 9, 20), (18 if activation == 3 else 9,),
+                                          (20, 9), (20,)]]
+    affine = [draw(20), draw(20)] if norm else [None, None]
+    settings = (norm, 1e-5, activation, 0.1, SEED)
+    opcheck(OPS.ffn, (*tensors, *affine, *settings))
+    y, z = OPS.ffn(*tensors, *affine, *settings)
+    x, *weights, _ = tensors
+    detached = [None if t is None else t.detach() for t in (y, x, z if norm == 2 else None, *weights, *affine)]
+    opcheck(OPS.ffn_backward, (*detached, *settings))
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [0, 1, 2])
+@pytest.mark.parametrize("queries", [0, 2])
+def test_opcheck_of_the_attention_half(norm: int, queries: int) -> None:
+    """Tokens of 24 and three heads of 10 columns; the outputs that backward keeps have no gradient."""
+    tensors = [draw(*shape) for shape in [(2, 5, 24), (90, 24), (90,), (24, 30), (24,)]]
+    affine = [draw(24), draw(24)] if norm else [None, None]
+    settings = (norm, 1e-5, 3, queries, 0.25, 0.1, SEED)
+    opcheck(OPS.attention_block, (*tensors, *affine, *settings))
+    y, *kept = OPS.attention_block(*tensors, *affine, *settings)
+    detached = [None if t is None else t.detach() for t in (y, tensors[0], *kept, tensors[1], tensors[3], *affine)]
+    opcheck(OPS.attention_block_backward, (*detached, *settings))
 
 
 @interpreted

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from parity import assert_parity, nan_memory
+from torch.library import opcheck
 from triton_interpreter import interpreted, outside, run_in_the_interpreter
 from triton_traffic import counting, times
 
@@ -47,7 +48,7 @@ SHAPES = (RECIPE, STUDY, Shape(0, 26, 13, 64, 2, dropout_p=0.2), Shape(1, 1, 1, 
 
 @outside
 def test_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, 20)
+    run_in_the_interpreter(__file__, 22)
 
 
 def draw(shape: Shape, numeric: str = "token",
@@ -160,8 +161,7 @@ def test_an_id_outside_the_table_is_named_or_becomes_nan() -> None:
     with pytest.raises(IndexError, match=r"id 50 at position \[1, 2\] is outside the table of 50 rows"):
         field_tokens(tensors[0], ids, *tensors[1:], kernels="triton")
     for seed in (None, torch.tensor([5])):  # as on a GPU, where nothing waits for a check; kept or dropped
-        out = kernels._forward(tensors[0], ids, *tensors[1:], (None,) * 4, 0.9 if seed else 0.0, seed,
-                               kernels.Sizes(3, 2, 0, 16, True, 1))
+        out = kernels.forward(tensors[0], ids, *tensors[1:], *[None] * 4, True, 0.9 if seed else 0.0, seed)
         assert out[1, 4].isnan().all() and out.isnan().sum() == 16
 
 
@@ -179,6 +179,24 @@ def test_the_ids_are_sorted_at_the_lookup_for_the_update(monkeypatch: pytest.Mon
     before.index_add_(0, ids.flatten(), grad[:, 1:].reshape(-1, 16), alpha=-0.5)
     torch.testing.assert_close(weight.detach(), before)
     assert sorts == []
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [STUDY, RECIPE._replace(biased=True)], ids=["study", "recipe"])
+def test_the_operators(shape: Shape) -> None:
+    """Schemas and fakes; alone they refuse a derivative, which would lack the table's."""
+    torch.manual_seed(8)
+    numeric = "affine" if shape.statistics else "token"
+    ids, (weight, dense, *rest), history = draw(shape._replace(batch=2), numeric)
+    parts, one, seed = history or (None,) * 4, numeric == "token", torch.tensor([7])
+    arguments = (weight, ids, dense, *rest, *parts, one, shape.dropout_p, seed)
+    opcheck(torch.ops.ctr.field_tokens, arguments)
+    out = torch.ops.ctr.field_tokens(*arguments)
+    opcheck(torch.ops.ctr.field_tokens_backward,
+            (out, dense, *parts[2:], 26, one, shape.with_cls, history is not None, shape.dropout_p, seed))
+    tracked = torch.ops.ctr.field_tokens(weight.requires_grad_(), *arguments[1:])
+    with pytest.raises(RuntimeError, match=r"call ctr_kernels\.field_tokens"):
+        tracked.sum().backward()
 
 
 @interpreted
@@ -212,15 +230,16 @@ def test_the_traffic_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         parts = history or (None,) * 4
         seed = torch.tensor([7]) if shape.dropout_p else None
         accesses = counting(monkeypatch)
-        out = kernels._forward(weight, ids, dense, *rest, parts, shape.dropout_p, seed, sizes)
+        out = kernels.forward(weight, ids, dense, *rest, *parts, sizes.ONE, shape.dropout_p, seed)
         assert times(accesses["load"], ids) == times(accesses["load"], dense) == {1}
         assert times(accesses["store"], out) == {1} and accesses["store"].total() == out.numel()
         keep = dropout_mask(6, 26, shape.dropout_p, torch.tensor([7]))
         assert {i for i, row in enumerate(weight) if times(accesses["load"], row) == {1}} == set(ids[keep].tolist())
 
         accesses, biased = counting(monkeypatch), history is not None
-        rows, sums = kernels._backward(out, dense, *parts[2:], shape.dropout_p, seed, sizes, biased)
-        launch = kernels._default(kernels._key("backward", sizes, torch.float32, 0))
+        rows, sums = kernels.backward(out, dense, *parts[2:], sizes.K, sizes.ONE, bool(sizes.CLS), biased,
+                                      shape.dropout_p, seed)
+        launch = kernels.default(kernels.launch_key("backward", sizes, torch.float32, 0))
         assert times(accesses["load"], out[:, 2:]) == times(accesses["load"], out[:, 0]) == {1}
         assert times(accesses["load"], out[:, 1]) == {13 if sizes.ONE else 1}  # from the cache but for the first
         assert times(accesses["load"], dense) == times(accesses["store"], rows) == {1}
