@@ -168,7 +168,8 @@ def weight_kernel(
     dba = tl.zeros((BH,), tl.float32)
     dbb = tl.zeros((BH,), tl.float32)
     db2 = tl.zeros((DP,), tl.float32)
-    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
+    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES,
+                         num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
         start = tl.cast(tile, tl.int64) * BM
         inside = (row < tokens - start)[:, None] & (column < D)[None, :]
         tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)

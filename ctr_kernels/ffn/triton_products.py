@@ -1,4 +1,4 @@
-"""What the kernels of the feed-forward network in Triton are made of: activations, slices of weights, first products."""
+"""Parts of the feed-forward network's Triton kernels: activations, slices of weights, products over D."""
 
 import triton
 import triton.language as tl
@@ -71,8 +71,8 @@ def activate(a, b, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def units_of(w1, first, column, HALF: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BH: tl.constexpr):
-    """Rows of hidden units first, ..., first + BH - 1 of w1 [HIDDEN, D], contiguous, or of its second half [2 HIDDEN, D]
-    (HALF = 1): [BH, columns], zero beyond the edges."""
+    """Rows of hidden units first, ..., first + BH - 1 of w1 [HIDDEN, D], contiguous, or of the second half of a gated
+    one [2 HIDDEN, D] (HALF = 1): [BH, columns], zero beyond the edges."""
     unit = first + tl.arange(0, BH)
     inside = (unit < HIDDEN)[:, None] & (column < D)[None, :]
     return tl.load(w1 + HALF * HIDDEN * D + (unit[:, None] * D + column[None, :]), mask=inside, other=0.0)

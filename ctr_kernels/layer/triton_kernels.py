@@ -20,8 +20,8 @@ def _rows(weight, first, column, D: tl.constexpr, N: tl.constexpr, BN: tl.conste
 
 @triton.jit
 def _offsets(start, row, column, WIDTH: tl.constexpr, QUERIES: tl.constexpr, FIELDS: tl.constexpr):
-    """int64 [BM, columns] in a [tokens, WIDTH] tensor: of rows from `start`, or where QUERIES > 0 of such of the queries
-    in a tensor of all tokens."""
+    """int64 [BM, columns] in a [tokens, WIDTH] tensor: of rows from `start`, or where QUERIES > 0 of such rows of the
+    queries in a tensor of all tokens."""
     if QUERIES > 0:
         query = start + row
         token = query // QUERIES * FIELDS + query % QUERIES
@@ -119,9 +119,9 @@ def token_kernel(
         unit = tl.arange(0, NP)
         offsets, inside = row[:, None] * N + unit[None, :], there[:, None] & (unit < N)[None, :]
         tile_z = tl.load(inner + start * N + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile_dy = tl.load(dy + start * N + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile_dy, sum_weight, sum_bias = normalise_backward(tile_z, tile_dy, norm_weight, unit, eps, N)
-        tl.store(dz + start * N + offsets, tile_dy.to(dz.dtype.element_ty), mask=inside)
+        grad = tl.load(dy + start * N + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad, sum_weight, sum_bias = normalise_backward(tile_z, grad, norm_weight, unit, eps, N)
+        tl.store(dz + start * N + offsets, grad.to(dz.dtype.element_ty), mask=inside)
         sums = partial + tl.program_id(0).to(tl.int64) * (2 * N) + unit
         tl.store(sums, sum_weight, mask=unit < N)
         tl.store(sums + N, sum_bias, mask=unit < N)
@@ -131,7 +131,9 @@ def token_kernel(
     total = tl.zeros((BM, DP), tl.float32)
     for first in range(0, N, BN):
         unit = first + tl.arange(0, BN)
-        if NORM != POST or BN < NP:
+        if NORM == POST and BN == NP:
+            tile_dy = grad
+        else:
             tile_dy = tl.load(source + start * N + (row[:, None] * N + unit[None, :]),
                               mask=there[:, None] & (unit < N)[None, :], other=0.0)
         total = dot(tile_dy.to(weight.dtype.element_ty), _rows(weight, first, column, D, N, BN), total, PRECISION)

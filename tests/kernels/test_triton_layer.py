@@ -183,7 +183,8 @@ def test_the_traffic_of_the_ffn_is_that_of_the_model(norm: str, monkeypatch: pyt
     assert accesses["store"].total() == y.numel() + z.numel()
     accesses = counting(monkeypatch)
     post = norm == "post"
-    dx, dz, _ = ffn_kernels.grad_tokens(dy, x, z if post else None, (w1, b1, w2, norm_weight, norm_bias), settings, None)
+    weights = (w1, b1, w2, norm_weight, norm_bias)
+    dx, dz, _ = ffn_kernels.grad_tokens(dy, x, z if post else None, weights, settings, None)
     assert times(accesses["load"], x) == times(accesses["load"], dy) == {1 if post else 2}
     if post:
         assert times(accesses["load"], z) == times(accesses["load"], dz) == times(accesses["store"], dz) == {1}
