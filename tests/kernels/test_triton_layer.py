@@ -100,9 +100,9 @@ def test_gradients_share_no_memory() -> None:
 @interpreted
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_a_layer_wider_than_the_fused_halves_is_composed(norm: str) -> None:
-    layers = [TransformerLayer(264, 4, 8, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
+    layers = [TransformerLayer(64, 5, 8, head_dim=64, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.linspace(-2, 2, 2 * 3 * 264).view(2, 3, 264)
+    x = torch.linspace(-2, 2, 2 * 3 * 64).view(2, 3, 64)
     torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-4, atol=1e-4)
 
 
