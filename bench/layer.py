@@ -19,6 +19,7 @@ SWEPT = ("ours", "eager", "compile", ENCODER)
 
 def as_encoder_layer(ours: TransformerLayer, s: Settings) -> nn.TransformerEncoderLayer:
     """PyTorch's own layer with the same weights and formula."""
+    assert ours.out is not None
     theirs = nn.TransformerEncoderLayer(s.dim, s.heads, ours.ffn_in.out_features, dropout=0.0, activation="gelu",
                                         batch_first=True, norm_first=True)
     pairs = {theirs.self_attn.in_proj_weight: ours.qkv.weight, theirs.self_attn.in_proj_bias: ours.qkv.bias,

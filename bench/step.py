@@ -70,7 +70,7 @@ def measure(s: Settings, recipe: str, name: str, floors: Floors) -> list[Row]:
 def measure_paper(s: Settings, floors: Floors) -> list[Row]:
     """FT-Transformer of its paper, next to its authors' implementation."""
     drawn = paper.batch(s.batch, s.device)
-    providers: dict[str, Callable[[], Callable[..., object]]] = {
+    providers: dict[str, Callable[[], Callable[[], list[torch.Tensor]]]] = {
         "ours": lambda: paper.ours("auto", drawn, s.dtype, False),
         "eager": lambda: paper.ours("eager", drawn, s.dtype, False),
         "compile": lambda: paper.ours("eager", drawn, s.dtype, True),

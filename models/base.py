@@ -49,7 +49,7 @@ class CTRModel(nn.Module):
         found: dict[str, set[str]] = {}
         for module in self.modules():
             if module is not self and hasattr(module, "operations"):
-                for operation, backend in module.operations(tokens).items():
+                for operation, backend in module.operations(tokens).items():  # type: ignore[operator]
                     found.setdefault(operation, set()).add(backend)
         return {operation: ", ".join(sorted(found[operation])) for operation in sorted(found)}
 

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from ctr_models import FTTransformer
 from .peers import need
 from .training import CLICK_RATE, optimizers_of, training_step
 
+Step = Callable[[], list[torch.Tensor]]  # takes one on its batch, and returns the loss
 FIELDS, FEATURES, ROWS = 26, 13, 1000
 DIM, HEADS, BLOCKS = 192, 8, 3
 TOKENS = FIELDS + FEATURES + 1
@@ -31,14 +31,14 @@ def batch(rows: int, device: torch.device) -> list[torch.Tensor]:
     return [x.to(device) for x in drawn]
 
 
-def ours(kernels: str, of: list[torch.Tensor], precision: torch.dtype, compiled: bool) -> Callable[..., Any]:
+def ours(kernels: str, of: list[torch.Tensor], precision: torch.dtype, compiled: bool) -> Step:
     """A call that trains our model, the tables by rows."""
     model = FTTransformer(variant="paper", num_embeddings=FIELDS * ROWS, tables="per-field", dim=DIM, num_heads=HEADS,
                           num_layers=BLOCKS, dropout=0.0, kernels=kernels).to(of[0].device)
     return training_step(model, optimizers_of(model, "rows", kernels), compiled, of, precision)
 
 
-def theirs(of: list[torch.Tensor], precision: torch.dtype, compiled: bool) -> Callable[..., Any]:
+def theirs(of: list[torch.Tensor], precision: torch.dtype, compiled: bool) -> Step:
     """A call that trains the authors' model, all of it by AdamW as they do."""
     library = need("rtdl_revisiting_models")
     model: nn.Module = library.FTTransformer(
@@ -46,7 +46,8 @@ def theirs(of: list[torch.Tensor], precision: torch.dtype, compiled: bool) -> Ca
         attention_n_heads=HEADS, attention_dropout=0.0, ffn_d_hidden=None, ffn_d_hidden_multiplier=4 / 3,
         ffn_dropout=0.0, residual_dropout=0.0).to(of[0].device)
     cuda = of[0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.make_parameter_groups(), lr=1e-4, weight_decay=1e-5, fused=cuda or None)
+    groups = model.make_parameter_groups()  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=1e-5, fused=cuda or None)
     forward, (dense, sparse, label) = (torch.compile(model, dynamic=False) if compiled else model), of
 
     def run() -> list[torch.Tensor]:

@@ -47,7 +47,7 @@ def ffn(
     _check(x, w1, b1, w2, b2, activation)
     check_dropout(dropout_p)
     mask_seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    backend = resolve(kernels, x.device, "ffn", x.dtype, lambda of: supports(of, *w2.shape, activation))
+    backend = resolve(kernels, x.device, "ffn", x.dtype, lambda of: supports(of, w2.shape[0], w2.shape[1], activation))
     run = ffn_reference if backend == "eager" else feed_forward
     return run(x, w1, b1, w2, b2, activation, dropout_p, mask_seed)
 

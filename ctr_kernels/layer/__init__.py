@@ -147,12 +147,13 @@ class TransformerLayer(nn.Module):
 
     def _attention(self, x: torch.Tensor, dropout_p: float) -> torch.Tensor:
         """out(attention(qkv(x)))."""
-        qkv, settings = self.qkv(x), {"num_heads": self.num_heads, "dropout_p": dropout_p, "kernels": self.kernels}
+        qkv = self.qkv(x)
         if self.queries is None:
-            attended = field_attention_packed(qkv, **settings)
+            attended = field_attention_packed(qkv, num_heads=self.num_heads, dropout_p=dropout_p, kernels=self.kernels)
         else:
             q, k, v = qkv.chunk(3, dim=-1)
-            attended = field_attention(q[:, :self.queries], k, v, **settings)
+            attended = field_attention(q[:, :self.queries], k, v, num_heads=self.num_heads, dropout_p=dropout_p,
+                                       kernels=self.kernels)
         out: torch.Tensor = attended if self.out is None else self.out(attended)
         return out
 
@@ -195,7 +196,7 @@ class TransformerLayer(nn.Module):
                 lambda of: attention_supports(of, self.queries or fields, fields, width, self.num_heads))
         if feed_forward.composed is not None:
             backend = resolve(self.kernels, x.device, "ffn", product_dtype(x),
-                              lambda of: ffn_supports(of, *self.ffn_out.weight.shape, self.activation))
+                              lambda of: ffn_supports(of, self.dim, self.ffn_out.in_features, self.activation))
             plain = backend != "eager" and why_ffn_is_not_fused(self, x, backend, Norm()) is None
             found["ffn"] = backend if plain else "eager"
         return found

@@ -91,24 +91,29 @@ def fused_attention(layer: "TransformerLayer", x: Tensor, dropout_p: float, back
     Products are computed in the dtype of autocast or x, norms and sums in fp32.
     """
     _check_dtype(x, layer.qkv.weight)
-    qkv, out = (autocast(*weight_and_bias(linear)) for linear in (layer.qkv, layer.out))
+    w_qkv, b_qkv, w_out, b_out = _weights(layer, "qkv", "out")
     seed = as_seed(None, x.device) if dropout_p > 0.0 else None
-    scale = (qkv[0].shape[0] // 3 // layer.num_heads) ** -0.5
+    scale = (w_qkv.shape[0] // 3 // layer.num_heads) ** -0.5
     kind, child = attention_norm(layer, backend)
     weight, bias, eps = _affine(layer, child)
-    return attention_half(x, *qkv, *out, layer.num_heads, scale, dropout_p, seed, norm=kind, norm_weight=weight,
-                          norm_bias=bias, eps=eps, queries=layer.queries or 0)
+    return attention_half(x, w_qkv, b_qkv, w_out, b_out, layer.num_heads, scale, dropout_p, seed, norm=kind,
+                          norm_weight=weight, norm_bias=bias, eps=eps, queries=layer.queries or 0)
 
 
 def fused_ffn(layer: "TransformerLayer", x: Tensor, dropout_p: float, backend: str) -> Tensor:
     """The FFN half, norm and residual included: [B, F, D] -> [B, F, D]."""
     _check_dtype(x, layer.ffn_in.weight)
-    first, last = (autocast(*weight_and_bias(linear)) for linear in (layer.ffn_in, layer.ffn_out))
+    w1, b1, w2, b2 = _weights(layer, "ffn_in", "ffn_out")
     seed = as_seed(None, x.device) if dropout_p > 0.0 else None
     kind, child = ffn_norm(layer, backend)
     weight, bias, eps = _affine(layer, child)
-    return feed_forward(x, *first, *last, layer.activation, dropout_p, seed, norm=kind, norm_weight=weight,
+    return feed_forward(x, w1, b1, w2, b2, layer.activation, dropout_p, seed, norm=kind, norm_weight=weight,
                         norm_bias=bias, eps=eps)
+
+
+def _weights(layer: "TransformerLayer", *children: str) -> tuple[Tensor, ...]:
+    """Weight and bias of each of these plain children, in the dtype of autocast."""
+    return autocast(*(t for name in children for t in weight_and_bias(layer._modules[name])))  # type: ignore[arg-type]
 
 
 def _affine(layer: "TransformerLayer", child: str | None) -> tuple[Tensor | None, Tensor | None, float]:

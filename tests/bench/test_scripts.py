@@ -47,6 +47,7 @@ def check(rows: list[records.Row], providers: set[str], modes: set[str]) -> None
 @pytest.mark.parametrize(("name", "providers"), [
     ("attn", "ours,eager,sdpa,sdpa math,sdpa cudnn"),
     ("ffn", "ours,eager"),
+    ("cross", "ours,eager"),
     ("layer", "ours,eager,nn.TransformerEncoderLayer,nn.TransformerEncoderLayer fast path"),
 ])
 def test_operations(run, name: str, providers: str) -> None:
@@ -60,6 +61,20 @@ def test_operations(run, name: str, providers: str) -> None:
         assert notes == {("nn.TransformerEncoderLayer fast path", "forward+backward"): "for inference only"}
     else:
         assert not notes
+
+
+def test_gated_networks(run) -> None:
+    rows = run("ffn", *SMALL, "--providers", "ours,eager", "--activation", "reglu", "--dim", "20", "--hidden", "17")
+    check(rows, {"ours", "eager"}, {"forward", "forward+backward"})
+    assert {row.kernel for row in rows} == {"ffn reglu"}
+
+
+def test_the_step_of_the_paper_beside_its_authors(run) -> None:
+    pytest.importorskip("rtdl_revisiting_models")
+    rows = run("step", *SMALL, "--recipe", "paper", "--providers", "ours,eager,rtdl_revisiting_models")
+    assert [(row.kernel, row.provider, row.x) for row in rows] == [
+        ("paper step ft", provider, "B=8 fp32") for provider in ("ours", "eager", "rtdl_revisiting_models")]
+    assert all(row.rows_per_s and row.memory_mb for row in rows)
 
 
 def test_row_updates(run, monkeypatch: pytest.MonkeyPatch) -> None:
