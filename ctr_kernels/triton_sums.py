@@ -35,8 +35,8 @@ def sum_kernel(
 
 
 def sum_parts(partial: torch.Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Sums over the first dimension of fp32 [parts, N], in up to four tensors of those shapes, one after the other, with
-    memory of their own. No parts give zeros."""
+    """Sums over the first dimension of fp32 [parts, N], in up to four tensors of those shapes, one after the other,
+    each with memory of its own. No parts give zeros."""
     if not len(partial):
         return [partial.new_zeros(shape, dtype=dtype) for shape in shapes]
     outs = [partial.new_empty(shape, dtype=dtype) for shape in shapes]

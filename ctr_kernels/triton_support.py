@@ -112,6 +112,7 @@ class Spec(NamedTuple):
     tensor_cores: bool = False  # whether its products belong on tensor cores
     resident_warps: int = 8  # warps that a multiprocessor must hold at once, 64 at most
     max_registers: int | None = None  # of a thread, as the launch limits them
+    spills: int = 0  # bytes that a thread may spill, where no launch configuration has none
     tuned: bool = True  # a shape of the three models' recipes; the tests compile the others only when asked to
 
 

@@ -57,7 +57,7 @@ def tuning(scale: Scale) -> None:
     lines for the launch tables. A rehearsal times one call of each candidate, for what that is worth."""
     tokens = {"numeric": "affine", "history": STATISTICS, "embedding_dropout": 0.2}
     variants = {"dcnv2": tokens, **dict.fromkeys(("autoint", "ft"), {**tokens, "shortcut": "cross"})}
-    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_autotune._milliseconds", one_call):
+    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_launch._milliseconds", one_call):
         update_rows(scale, scale.batch)  # before the models, whose tables are tiny: their launches are chosen here
         for precision in scale.choose(list(DTYPES)):
             run_kernels(scale, precision, [(scale.batch, 27), (scale.batch, 28)])

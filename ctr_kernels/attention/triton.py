@@ -36,7 +36,18 @@ import triton
 
 from ..library import last_dim_contiguous
 from ..philox import threshold
-from ..triton_launch import ANY, Key, architecture, arithmetic_of, capability, input_precision, launch_choice, row_of
+from ..triton_launch import (
+    ANY,
+    Key,
+    architecture,
+    arithmetic_of,
+    capability,
+    input_precision,
+    launch_choice,
+    row_of,
+    table_choice,
+)
+from ..triton_support import CAPABILITIES, Spec
 from .triton_blocked import blocked_backward_kernel, blocked_forward_kernel
 from .triton_kernels import backward_kernel, forward_kernel
 from .triton_query import query_backward_kernel, query_forward_kernel
@@ -68,7 +79,25 @@ LAUNCH: dict[tuple, Launch] = {
     ("forward", "fp32", 64, 64, 80): Launch(1, 8),
     ("backward", "fp32", 64, 64, 80): Launch(1, 8, 16),
     ("backward", "half", 64, 64, 80): Launch(1, 8, 32),
+    ("forward", "fp32", 32, 128, ANY): Launch(1, 4),
+    ("forward", "fp32", 32, 128, 100): Launch(1, 4, 64),
+    ("backward", "fp32", 32, 128, ANY): Launch(1, 4, 32),
+    ("backward", "half", 32, 128, ANY): Launch(1, 4),
+    ("forward", "fp32", 64, 128, ANY): Launch(1, 8, 32),
+    ("forward", "fp32", 64, 128, 90): Launch(1, 4),
+    ("backward", "fp32", 64, 128, ANY): Launch(1, 8, 32),
+    ("backward", "fp32", 64, 128, 80): Launch(1, 8, 16),
+    ("backward", "half", 64, 128, 80): Launch(1, 8, 32),
+    **{("forward", "fp32", 128, width, 80): Launch(1, 4, 16, 32) for width in (32, 64, 128)},
+    ("forward", "fp32", 128, 128, ANY): Launch(1, 4, 16, 32),
+    ("forward", "half", 128, 128, 80): Launch(1, 8, 32, 64),
+    **{("backward", "fp32", 128, width, 80): Launch(1, 8, 16, 32) for width in (16, 32, 64, 128)},
+    **{("backward", "fp32", 128, width, ANY): Launch(1, 8, 32, 16) for width in (32, 64, 128)},
+    **{("backward", "half", 128, width, 80): Launch(1, 8, 16, 32) for width in (16, 32)},
+    **{("backward", "half", 128, width, 80): Launch(1, 8, 32, 32) for width in (64, 128)},
 }
+# Warps that a multiprocessor holds at once, by direction and arithmetic, at the tuned F <= 32 and d = 16.
+RESIDENT = {("forward", "fp32"): 16, ("forward", "half"): 24, ("backward", "fp32"): 8, ("backward", "half"): 16}
 QUERY_ELEMENTS = 1024  # of k that a warp has at once where there is one query
 
 
@@ -201,3 +230,38 @@ def packed_backward(grad_out: Tensor, qkv: Tensor, num_heads: int, scale: float,
     backward_into(grads.chunk(3, dim=-1), grad_out, *last_dim_contiguous(qkv).chunk(3, dim=-1), num_heads, scale,
                   dropout_p, seed)
     return grads
+
+
+# (Q, F, d) to compile without a GPU, and whether the models have it: today's, and others of the field.
+AOT = [(27, 27, 16, True), (27, 27, 32, True), (27, 27, 64, True), (64, 64, 16, True), (64, 64, 32, False),
+       (64, 64, 64, False), (40, 40, 24, False), (24, 24, 20, False), (100, 100, 16, False), (64, 64, 40, False),
+       (128, 128, 64, False), (40, 40, 128, False), (1, 40, 16, True), (1, 128, 128, False)]
+
+
+def aot_specs() -> list[Spec]:
+    """The kernels at the shapes of AOT, with dropout and the strides of one projection, in heads by four."""
+    return [_spec(direction, *shape, dtype, cc)
+            for shape, dtype, direction, cc in itertools.product(
+                AOT, (torch.float32, torch.bfloat16), ("forward", "backward"), CAPABILITIES)]
+
+
+def _spec(direction: str, queries: int, fields: int, head_dim: int, tuned: bool, dtype: torch.dtype, cc: int) -> Spec:
+    """One kernel, as `_run` launches it; fp32 at "highest" precision, which takes the most registers."""
+    kind, precision = ("fp32", "tf32x3") if dtype == torch.float32 else ("bf16", "tf32")
+    key = launch_key(direction, queries, fields, head_dim, dtype, cc)._replace(
+        arithmetic="half" if kind == "bf16" else precision)
+    launch = table_choice(key, default)
+    kernel, own = _kernel(key, launch)
+    constexprs = _constants(key, queries, fields, 4, head_dim, 1.0, 0.1, precision) | own
+    if direction == "backward":
+        constexprs |= {"Q_GRAD": 3 * 4 * head_dim, "F_GRAD": 3 * 4 * head_dim}
+    kinds = {"seed": "*i64", "pairs": "i32", "limit": "i32"}
+    kinds |= dict.fromkeys(("factor", "scale", "inverse_keep"), "fp32")
+    for name in ("factor", "limit", "inverse_keep"):
+        del constexprs[name]
+    signature = {name: kinds.get(name, "i32:16" if "stride" in name else f"*{kind}")
+                 for name in kernel.arg_names if name not in constexprs}
+    resident = RESIDENT[direction, "fp32" if kind == "fp32" else "half"] if (queries, head_dim) == (27, 16) else 8
+    name = f"{direction} {kind} F {fields} d {head_dim}" + (" one query" if queries == 1 else "")
+    return Spec(kernel, signature, constexprs, launch.warps, name, (cc,), tensor_cores=queries > 1,
+                resident_warps=resident, tuned=tuned, spills=0 if tuned else 448 if key.shape[1:] == (128, 16) else 64)

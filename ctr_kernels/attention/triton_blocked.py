@@ -1,4 +1,4 @@
-"""The kernels of attention over fields that take some QUERIES at a time, and SLICE columns of a head: for many fields.
+"""The kernels of attention over many fields: some QUERIES at a time, and SLICE columns of a head.
 
 The map of 128 x 128 does not fit in registers beside what is made of it; that of 32 x 128 does.
 """
@@ -15,8 +15,8 @@ def _queries_of(x, pair, column, first, stride_b, stride_t, pairs, Q: tl.constex
                 QUERIES: tl.constexpr):
     """[1, QUERIES, columns] of a [B, Q, H DH] tensor from query `first`; zero beyond the edges."""
     inside = inside_of(pair, column, pairs, QUERIES, DH, QUERIES) & _known(first, Q, QUERIES)
-    return tl.load(x + tl.cast(first, tl.int64) * stride_t + offsets_of(pair, column, stride_b, stride_t, H, DH, QUERIES),
-                   mask=inside, other=0.0)
+    offsets = tl.cast(first, tl.int64) * stride_t + offsets_of(pair, column, stride_b, stride_t, H, DH, QUERIES)
+    return tl.load(x + offsets, mask=inside, other=0.0)
 
 
 @triton.jit

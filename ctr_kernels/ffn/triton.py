@@ -8,7 +8,7 @@ For a tile of tokens X [BM, D] and a slice of BH hidden units, M the dropout mul
                token kernel:   dX += dA W1, over the slices of a tile                              1 dot
                weight kernel:  dW1 += dA^T X, dW2^T += H^T dY, db1 += rowsum(dA^T), db2 += colsum(dY)   2 dots
 The weight kernel works on A^T = W1 X^T, so that H^T and dA^T are left operands as they come out. A fixed number of its
-programs share a slice; each sums every so-manieth tile in registers and writes fp32 partial sums once, which torch.sum
+programs share a slice; each sums every P-th tile in registers and writes fp32 partial sums once, which triton_sums.py
 adds in a fixed order: no atomics, the same bits at every run. Recomputing A and dH in both kernels costs two dots
 of seven, but one kernel that holds all the sums in registers spills. So do the sums of both layers in fp32 at D > 64
 and "highest" precision: there the weight kernel makes a pass for each layer, of three dots and of two.
@@ -136,7 +136,7 @@ def grad_weights(dy: Tensor, x: Tensor, weights: tuple[Any, ...], settings: tupl
 
 
 def aot_specs() -> list[Spec]:
-    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf) or with a gate ReGLU, with dropout.
+    """Every launch configuration, to compile without a GPU: at hidden 256, GELU (erf) or ReGLU, with dropout.
 
     The widest class at D = 192. The norms at D = 64, as the layer uses them, and pre-norm at 192, in the forward and
     token kernels and, before the FFN, in the weight kernel.
@@ -174,8 +174,9 @@ def _specs(key: Key, dim: int) -> list[Spec]:
     for layers in passes:
         own = constexprs | dict.fromkeys(absent) | ({"LAYERS": layers} if layers else {})
         signature = {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names if name not in own}
-        label = f"{kernel.__name__}{f' of sums {layers}' if len(passes) > 1 else ''} {dtype if half else key.arithmetic}"
-        label += f" D {dim}{' reglu' if gated else ''}{f' {list(NORMS)[norm]}-norm' if norm else ''}"
+        label = f"{kernel.__name__}{f' of sums {layers}' if len(passes) > 1 else ''}"
+        label += f" {dtype if half else key.arithmetic} D {dim}{' reglu' if gated else ''}"
+        label += f" {list(NORMS)[norm]}-norm" if norm else ""
         specs.append(Spec(kernel, signature, own, tile.warps, label, (key.architecture,), tensor_cores=True,
-                          tuned=width == 64 and not gated and key.arithmetic != "tf32"))
+                          tuned=width == 64 and not gated and key.arithmetic != "tf32", spills=32 if gated else 0))
     return specs

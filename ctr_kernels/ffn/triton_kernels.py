@@ -46,8 +46,13 @@ def forward_kernel(
         tile_x = tile_x.to(w1.dtype.element_ty)
     total = tl.zeros((BM, DP), tl.float32)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
-        a, b = first_products(tile_x, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D, DP, DS,
-                              HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
+        tile_a, tile_b = 0, 0
+        if DS == DP:
+            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+            if ACTIVATION >= 3:
+                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
+        a, b = first_products(tile_x, tile_a, tile_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
+                              tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
         hidden, _, _ = activate(a, b, ACTIVATION)
         if DROPOUT:
             hidden *= multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
@@ -105,19 +110,26 @@ def token_kernel(
         tile_dy = tile_dy.to(w1.dtype.element_ty)
     total = tl.zeros((BM, DP), tl.float32)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
-        a, b = first_products(tile_x, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D, DP, DS,
-                              HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
+        tile_a, tile_b = 0, 0
+        if DS == DP:
+            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+            if ACTIVATION >= 3:
+                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
+        a, b = first_products(tile_x, tile_a, tile_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
+                              tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
         _, slope_a, slope_b = activate(a, b, ACTIVATION)
         if DROPOUT:
             kept = multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
             slope_a *= kept
             slope_b *= kept
         grad = hidden_gradient(tile_dy, source, w2, start, first, tokens, D, DP, DS, HIDDEN, PRECISION, BM, BH, STAGES)
-        da = (grad * slope_a).to(w1.dtype.element_ty)
-        total = dot(da, units_of(w1, first, column, 0, D, HIDDEN, BH), total, PRECISION)
+        if DS < DP:
+            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+        total = dot((grad * slope_a).to(w1.dtype.element_ty), tile_a, total, PRECISION)
         if ACTIVATION >= 3:
-            db = (grad * slope_b).to(w1.dtype.element_ty)
-            total = dot(db, units_of(w1, first, column, 1, D, HIDDEN, BH), total, PRECISION)
+            if DS < DP:
+                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
+            total = dot((grad * slope_b).to(w1.dtype.element_ty), tile_b, total, PRECISION)
     if NORM == PRE:  # x and dy again, from the cache
         tile = tl.load(x + start * D + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         total, sum_weight, sum_bias = normalise_backward(tile, total, norm_weight, column, eps, D)
@@ -168,7 +180,8 @@ def weight_kernel(
     dba = tl.zeros((BH,), tl.float32)
     dbb = tl.zeros((BH,), tl.float32)
     db2 = tl.zeros((DP,), tl.float32)
-    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
+    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES,
+                         num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
         start = tl.cast(tile, tl.int64) * BM
         inside = (row < tokens - start)[:, None] & (column < D)[None, :]
         tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
@@ -185,8 +198,8 @@ def weight_kernel(
             if GATED:
                 b = dot(tile_b, tl.trans(tile_x), None, PRECISION) + bias_b
         else:
-            a, b = first_products(tile_x, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D, DP,
-                                  DS, HIDDEN, NORM, GATED, PRECISION, BM, BH, STAGES)
+            a, b = first_products(tile_x, 0, 0, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D,
+                                  DP, DS, HIDDEN, NORM, GATED, PRECISION, BM, BH, STAGES)
             a, b = tl.trans(a), tl.trans(b)
         hidden, slope_a, slope_b = activate(a, b, ACTIVATION)
         if DROPOUT:

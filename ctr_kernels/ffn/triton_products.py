@@ -1,4 +1,4 @@
-"""What the kernels of the feed-forward network in Triton are made of: activations, slices of weights, first products."""
+"""Parts of the feed-forward network's Triton kernels: activations, slices of weights, products over D."""
 
 import triton
 import triton.language as tl
@@ -71,8 +71,8 @@ def activate(a, b, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def units_of(w1, first, column, HALF: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, BH: tl.constexpr):
-    """Rows of hidden units first, ..., first + BH - 1 of w1 [HIDDEN, D], contiguous, or of its second half [2 HIDDEN, D]
-    (HALF = 1): [BH, columns], zero beyond the edges."""
+    """Rows of hidden units first, ..., first + BH - 1 of w1 [HIDDEN, D], contiguous, or of the second half of a gated
+    one [2 HIDDEN, D] (HALF = 1): [BH, columns], zero beyond the edges."""
     unit = first + tl.arange(0, BH)
     inside = (unit < HIDDEN)[:, None] & (column < D)[None, :]
     return tl.load(w1 + HALF * HIDDEN * D + (unit[:, None] * D + column[None, :]), mask=inside, other=0.0)
@@ -111,6 +111,7 @@ def _part(x, start, tokens, column, D: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def first_products(
     tile_x,  # [BM, DP], normalised if PRE; not read where DS < DP
+    tile_a, tile_b,  # [BH, DP], the slice's rows of w1, gated of both halves; not read where DS < DP
     x, mean, scale, norm_weight, norm_bias,  # read where DS < DP: the tokens again, and the statistics of PRE [BM, 1]
     w1, b1, start, first, tokens,
     D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
@@ -118,10 +119,9 @@ def first_products(
 ):
     """A = [LN](X) W1^T + b1 of both halves of w1, fp32 [BM, BH] each; without a gate the second is the first."""
     if DS == DP:
-        column = tl.arange(0, DP)
-        a = dot(tile_x, tl.trans(units_of(w1, first, column, 0, D, HIDDEN, BH)), None, PRECISION)
+        a = dot(tile_x, tl.trans(tile_a), None, PRECISION)
         if GATED:
-            b = dot(tile_x, tl.trans(units_of(w1, first, column, 1, D, HIDDEN, BH)), None, PRECISION)
+            b = dot(tile_x, tl.trans(tile_b), None, PRECISION)
     else:
         a = tl.zeros((BM, BH), tl.float32)
         b = tl.zeros((BM, BH), tl.float32)

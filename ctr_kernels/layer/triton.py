@@ -111,8 +111,8 @@ def candidates(key: Key) -> Iterator[Tile]:
 def _constants(kernel: str, tile: Tile, inputs: int, outputs: int, linear: Linear) -> dict[str, Any]:
     """What a kernel has compiled in, but for the precision."""
     padded = max(16, triton.next_power_of_2(inputs))
-    own = {"forward": {"DS": min(tile.inputs, padded) or padded}, "token": {"NP": max(tile.outputs, triton.next_power_of_2(outputs))},
-           "weight": {}}[kernel]
+    own = {"forward": {"DS": min(tile.inputs, padded) or padded},
+           "token": {"NP": max(tile.outputs, triton.next_power_of_2(outputs))}, "weight": {}}[kernel]
     return {"D": inputs, "DP": padded, "N": outputs, "NORM": linear.norm, "QUERIES": linear.queries,
             "FIELDS": linear.fields, "BM": tile.tokens, "BN": tile.outputs, **own}
 
@@ -212,7 +212,7 @@ def backward(grad_out: Tensor, x: Tensor, qkv: Tensor, q: Tensor, heads: Tensor,
              w_out: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm: int, eps: float,
              num_heads: int, queries: int, scale: float, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, ...]:
     """dx [B, F, D], dw_qkv, db_qkv, dw_out, db_out, and the gradients of the norm [2, D] in fp32, empty without one."""
-    (batch, fields, _), (_, width), dtype = x.shape, w_out.shape, w_qkv.dtype
+    fields, width, dtype = x.shape[1], w_out.shape[1], w_qkv.dtype
     pre, post, tokens = norm == NORMS["pre"], norm == NORMS["post"], x.flatten(0, 1)
     dy, affine = grad_out.flatten(0, 1), ((norm_weight, norm_bias) if pre else NO_NORM)
     after, before = Linear(norm if post else 0, eps), Linear(norm if pre else 0, eps)
@@ -246,7 +246,8 @@ def aot_specs() -> list[Spec]:
     specs = []
     wide = itertools.product((192,), ("half", "tf32x3"), CAPABILITIES)
     for dim, arithmetic, cc in [*itertools.product((64,), ("half", "tf32", "tf32x3"), CAPABILITIES), *wide]:
-        cases = [("qkv pre-norm", 3 * dim, NORMS["pre"], 0), ("out", dim, 0, 0), ("out post-norm", dim, NORMS["post"], 0)]
+        cases = [("qkv pre-norm", 3 * dim, NORMS["pre"], 0), ("out", dim, 0, 0),
+                 ("out post-norm", dim, NORMS["post"], 0)]
         if dim == 64:
             cases += [("kv pre-norm of one query", 2 * dim, NORMS["pre"], 1), ("out of one query", dim, 0, 1)]
         for (name, outputs, norm, queries), kernel in itertools.product(cases, KERNELS):

@@ -19,14 +19,14 @@ def _rows(weight, first, column, D: tl.constexpr, N: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def _offsets(start, row, column, WIDTH: tl.constexpr, QUERIES: tl.constexpr, FIELDS: tl.constexpr):
-    """int64 [BM, columns] in a [tokens, WIDTH] tensor: of rows from `start`, or where QUERIES > 0 of such of the queries
-    in a tensor of all tokens."""
+def _pointers(x, start, row, column, WIDTH: tl.constexpr, QUERIES: tl.constexpr, FIELDS: tl.constexpr):
+    """[BM, columns] into x [tokens, WIDTH]: of rows from `start`, or where QUERIES > 0 of such rows of the queries, x
+    having those of all tokens."""
     if QUERIES > 0:
         query = start + row
         token = query // QUERIES * FIELDS + query % QUERIES
-        return token[:, None] * WIDTH + column[None, :]
-    return start * WIDTH + (row[:, None] * WIDTH + column[None, :])
+        return x + (token[:, None] * WIDTH + column[None, :])
+    return x + start * WIDTH + (row[:, None] * WIDTH + column[None, :])  # only the first sum is 64 bits wide
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def forward_kernel(
     PICKED: tl.constexpr = QUERIES if residual is None else 0
     tile_x, mean, scale = 0, 0, 0
     if DS == DP or NORM == PRE:
-        tile_x = tl.load(x + _offsets(start, row, column, D, PICKED, FIELDS),
+        tile_x = tl.load(_pointers(x, start, row, column, D, PICKED, FIELDS),
                          mask=there[:, None] & (column < D)[None, :], other=0.0)
         if NORM == PRE:
             if DS == DP:
@@ -78,7 +78,7 @@ def forward_kernel(
             total = tl.zeros((BM, BN), tl.float32)
             for base in tl.range(0, D, DS):
                 part_column = base + tl.arange(0, DS)
-                part = tl.load(x + _offsets(start, row, part_column, D, PICKED, FIELDS),
+                part = tl.load(_pointers(x, start, row, part_column, D, PICKED, FIELDS),
                                mask=there[:, None] & (part_column < D)[None, :], other=0.0)
                 if NORM == PRE:
                     part = normalise_by(part, mean, scale, norm_weight, norm_bias, part_column, D)
@@ -86,7 +86,7 @@ def forward_kernel(
                             total, PRECISION)
         total += vector(bias, unit, N)
         if residual is not None:
-            total += tl.load(residual + _offsets(start, row, unit, N, QUERIES, FIELDS), mask=inside,
+            total += tl.load(_pointers(residual, start, row, unit, N, QUERIES, FIELDS), mask=inside,
                              other=0.0).to(tl.float32)
         offsets = row[:, None] * N + unit[None, :]
         if NORM == POST:  # BN >= N: the whole row is here
@@ -116,22 +116,24 @@ def token_kernel(
     there = row < tokens - start
     source = dy
     if NORM == POST:
-        unit = tl.arange(0, NP)
-        offsets, inside = row[:, None] * N + unit[None, :], there[:, None] & (unit < N)[None, :]
-        tile_z = tl.load(inner + start * N + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile_dy = tl.load(dy + start * N + offsets, mask=inside, other=0.0).to(tl.float32)
-        tile_dy, sum_weight, sum_bias = normalise_backward(tile_z, tile_dy, norm_weight, unit, eps, N)
-        tl.store(dz + start * N + offsets, tile_dy.to(dz.dtype.element_ty), mask=inside)
-        sums = partial + tl.program_id(0).to(tl.int64) * (2 * N) + unit
-        tl.store(sums, sum_weight, mask=unit < N)
-        tl.store(sums + N, sum_bias, mask=unit < N)
+        output = tl.arange(0, NP)
+        output_offsets, output_inside = row[:, None] * N + output[None, :], there[:, None] & (output < N)[None, :]
+        tile_z = tl.load(inner + start * N + output_offsets, mask=output_inside, other=0.0).to(tl.float32)
+        grad = tl.load(dy + start * N + output_offsets, mask=output_inside, other=0.0).to(tl.float32)
+        grad, sum_weight, sum_bias = normalise_backward(tile_z, grad, norm_weight, output, eps, N)
+        tl.store(dz + start * N + output_offsets, grad.to(dz.dtype.element_ty), mask=output_inside)
+        sums = partial + tl.program_id(0).to(tl.int64) * (2 * N) + output
+        tl.store(sums, sum_weight, mask=output < N)
+        tl.store(sums + N, sum_bias, mask=output < N)
         source = dz
         if BN < NP:
             tl.debug_barrier()  # dz again: other threads of the program have written what this one reads
     total = tl.zeros((BM, DP), tl.float32)
     for first in range(0, N, BN):
         unit = first + tl.arange(0, BN)
-        if NORM != POST or BN < NP:
+        if NORM == POST and BN == NP:
+            tile_dy = grad
+        else:
             tile_dy = tl.load(source + start * N + (row[:, None] * N + unit[None, :]),
                               mask=there[:, None] & (unit < N)[None, :], other=0.0)
         total = dot(tile_dy.to(weight.dtype.element_ty), _rows(weight, first, column, D, N, BN), total, PRECISION)
@@ -171,7 +173,7 @@ def weight_kernel(
         there = row < tokens - start
         tile_dy = tl.load(dy + start * N + row[:, None] * N + unit[None, :], mask=there[:, None] & (unit < N)[None, :],
                           other=0.0)
-        tile_x = tl.load(x + _offsets(start, row, column, D, QUERIES, FIELDS),
+        tile_x = tl.load(_pointers(x, start, row, column, D, QUERIES, FIELDS),
                          mask=there[:, None] & (column < D)[None, :], other=0.0)
         if NORM == PRE:
             tile_x = normalise(tile_x, norm_weight, norm_bias, column, eps, D)

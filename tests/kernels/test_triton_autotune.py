@@ -90,7 +90,7 @@ def test_the_fastest_is_chosen_once_and_printed(monkeypatch: pytest.MonkeyPatch,
 def test_nothing_that_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTR_KERNELS_AUTOTUNE", "1")
     clock = Clock({})
-    with pytest.raises(RuntimeError, match=r"no launch configuration of \('attention', .* fits this GPU: Tile\(rows=1, "):
+    with pytest.raises(RuntimeError, match=r"no launch configuration of .* fits this GPU: Tile\(rows=1, "):
         choose(1, [2], clock)
 
 
@@ -99,7 +99,7 @@ def test_a_search_during_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     clock = Clock({1: 1.0})
-    with pytest.raises(RuntimeError, match=r"cannot time \('attention', .* while a CUDA graph is captured: run a step "):
+    with pytest.raises(RuntimeError, match=r"cannot time \('attention', .* is captured: run a step first"):
         choose(1, [], clock)
 
 

@@ -100,9 +100,9 @@ def test_gradients_share_no_memory() -> None:
 @interpreted
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_a_layer_wider_than_the_fused_halves_is_composed(norm: str) -> None:
-    layers = [TransformerLayer(264, 4, 8, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
+    layers = [TransformerLayer(64, 5, 8, head_dim=64, norm=norm, kernels=kernels) for kernels in ("triton", "eager")]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.linspace(-2, 2, 2 * 3 * 264).view(2, 3, 264)
+    x = torch.linspace(-2, 2, 2 * 3 * 64).view(2, 3, 64)
     torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-4, atol=1e-4)
 
 
@@ -183,7 +183,8 @@ def test_the_traffic_of_the_ffn_is_that_of_the_model(norm: str, monkeypatch: pyt
     assert accesses["store"].total() == y.numel() + z.numel()
     accesses = counting(monkeypatch)
     post = norm == "post"
-    dx, dz, _ = ffn_kernels.grad_tokens(dy, x, z if post else None, (w1, b1, w2, norm_weight, norm_bias), settings, None)
+    weights = (w1, b1, w2, norm_weight, norm_bias)
+    dx, dz, _ = ffn_kernels.grad_tokens(dy, x, z if post else None, weights, settings, None)
     assert times(accesses["load"], x) == times(accesses["load"], dy) == {1 if post else 2}
     if post:
         assert times(accesses["load"], z) == times(accesses["load"], dz) == times(accesses["store"], dz) == {1}
