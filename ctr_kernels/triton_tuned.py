@@ -3,5 +3,7 @@
 What is not here has its default in the operation's table, chosen by what the compiler says of it.
 """
 
-TUNED: dict[tuple[str | int | bool, ...], tuple[int, ...]] = {
+from typing import Any
+
+TUNED: dict[tuple[Any, ...], tuple[int, ...]] = {
 }

@@ -7,6 +7,8 @@ For a tile of tokens X [BM, D] and a slice of BH hidden units, M the dropout mul
     backward   A again, dH = dY W2, dA = dH M act'(A)                                              2 dots
                token kernel:   dX += dA W1, over the slices of a tile                              1 dot
                weight kernel:  dW1 += dA^T X, dW2^T += H^T dY, db1 += rowsum(dA^T), db2 += colsum(dY)   2 dots
+With a gate W1 has rows a | b: A and B = X Wb^T + bb, H = A act(B) M, dA = dH M act(B), dB = dH M A act'(B),
+dX += dA Wa + dB Wb: one dot more forward, two in the token kernel and in the weight kernel, which also sums dB^T X.
 The weight kernel works on A^T = W1 X^T, so that H^T and dA^T are left operands as they come out. A fixed number of its
 programs share a slice; each sums every P-th tile in registers and writes fp32 partial sums once, which triton_sums.py
 adds in a fixed order: no atomics, the same bits at every run. Recomputing A and dH in both kernels costs two dots
@@ -25,6 +27,7 @@ With norm and residual, from and to memory, next to the same in separate kernels
     post       forward 3 n D e (z = x + ffn(x) is kept) against 7; token 5 (z read, its gradient written; and that and x
                once more from the cache) against 9; weight 2
 and 16 D tokens / BM bytes of partial sums for the gradients of the norm, written and read once (0.9 MB at BM = 128).
+Beyond D = 128 products over D take slices of it: x, and backward dy, come from the cache again for every BH hidden units.
 Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
 """
 
