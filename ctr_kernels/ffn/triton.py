@@ -27,7 +27,7 @@ With norm and residual, from and to memory, next to the same in separate kernels
     post       forward 3 n D e (z = x + ffn(x) is kept) against 7; token 5 (z read, its gradient written; and that and x
                once more from the cache) against 9; weight 2
 and 16 D tokens / BM bytes of partial sums for the gradients of the norm, written and read once (0.9 MB at BM = 128).
-Beyond D = 128 products over D take slices of it: x, and backward dy, come from the cache again for every BH hidden units.
+Beyond D = 128 products over D take slices of it: x, backward dy too, come from the cache again for every BH units.
 Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
 """
 
@@ -60,7 +60,7 @@ def _launch(kernel: Any, tile: Tile, programs: int, tensors: tuple[Any, ...], hi
         kernel[(programs,)](
             *tensors, tokens, eps, threshold(dropout_p), 1.0 / (1.0 - dropout_p), D=dim, DP=width, HIDDEN=hidden,
             ACTIVATION=activation, NORM=norm, DROPOUT=dropout_p > 0.0, PRECISION=precision, BM=tile.tokens,
-            BH=tile.units, DS=tile.columns or width, STAGES=tile.stages, num_warps=tile.warps, **constants)
+            BH=tile.units, DS=min(tile.columns or width, width), STAGES=tile.stages, num_warps=tile.warps, **constants)
 
 
 def _key(kernel: str, x: Tensor, w1: Tensor, w2: Tensor, norm: int, activation: int) -> Key:
@@ -169,7 +169,7 @@ def _specs(key: Key, dim: int) -> list[Spec]:
     constexprs: dict[str, Any] = {
         "D": dim, "DP": padded, "HIDDEN": hidden, "ACTIVATION": 3 if gated else 0, "NORM": norm, "DROPOUT": True,
         "PRECISION": "tf32" if half else key.arithmetic, "BM": tile.tokens, "BH": tile.units, "STAGES": tile.stages,
-        "DS": tile.columns or padded}
+        "DS": min(tile.columns or padded, padded)}
     absent = [] if norm else ["norm_weight", "norm_bias"]
     absent += ["z"] if norm != NORMS["post"] and kernel is token_kernel else []
     passes = tiles_for(key).passes or (SUMS[bool(gated)],) if kernel is weight_kernel else (0,)

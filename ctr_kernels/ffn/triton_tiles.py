@@ -62,7 +62,8 @@ TILES: dict[tuple, Tiles] = {
     ("tf32", 128, True, ANY): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8, 1, 32), (1, 2, 4)),
     ("tf32", 256, True, 100): Tiles(Tile(16, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32), (1, 2, 4)),
     ("tf32x3", 64, True, ANY): Tiles(Tile(32, 32, 4), Tile(32, 32, 8, 1, 32), Tile(32, 32, 8), (1, 2, 4)),
-    ("tf32x3", 128, True, ANY): Tiles(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32), (1, 2, 4)),
+    ("tf32x3", 128, True, ANY):
+    Tiles(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32), (1, 2, 4)),
     **{(arithmetic, 256, gated, ANY):
        Tiles(Tile(32, 32, 8, 1, 32), Tile(32, 32, 8, 1, 32), Tile(16, 32, 8, 1, 32), passes)
        for arithmetic in ("tf32", "tf32x3") for gated, passes in ((False, (1, 2)), (True, (1, 2, 4)))},
