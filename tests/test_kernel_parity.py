@@ -37,7 +37,7 @@ from ctr_kernels.sparse_update.rule import RowState, Rule
 
 DTYPES = (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16)  # bf16 is wrong in the interpreter
 native_only = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
-HEAD_DIMS = (1, 5, 16, 24, 64, 100) if INTERPRETED else (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 100, 128)
+HEAD_DIMS = (5, 16, 24, 100) if INTERPRETED else (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 100, 128)
 OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
               "lazy-adam": SparseLazyAdam}
 
@@ -70,8 +70,8 @@ def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_attention(fused: str, head_dim: int, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    cases = [(0, 27, 4), (20, 1, 1), (3, 27, 4), (1, 28, 2), (2, 16, 1), (3, 33, 1), (1, 64, 2)]
-    cases += [] if INTERPRETED else [(2, 65, 3), (1, 100, 2), (1, 128, 1)]
+    cases = [(0, 27, 4), (20, 1, 1), (3, 27, 4), (2, 33, 1)]
+    cases += [] if INTERPRETED else [(1, 28, 2), (2, 16, 1), (1, 64, 2), (2, 65, 3), (1, 100, 2), (1, 128, 1)]
     for batch, fields, heads in cases:
         q, k, v = torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1)
         check_attention(fused, q, k, v, heads, dropout_p)
@@ -157,8 +157,9 @@ def check_ffn(kernels: str, inputs: Tensors, activation: str, dropout_p: float =
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_ffn(fused: str, activation: str, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    large = [] if INTERPRETED else [(96, 64, 256), (300, 64, 256), (500, 192, 256), (33, 200, 170), (97, 768, 100)]
-    small = [(0, 64, 256), (1, 64, 128), (200, 20, 8), (81, 8, 72), (40, 70, 1), (50, 1, 33)]
+    small = [(0, 64, 256), (1, 64, 128), (81, 8, 72), (40, 70, 1)]
+    large = [] if INTERPRETED else [(200, 20, 8), (50, 1, 33), (96, 64, 256), (300, 64, 256), (500, 192, 256),
+                                    (33, 200, 170), (97, 768, 100)]
     for tokens, dim, hidden in [*small, *large]:
         check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype, activation), activation, dropout_p)
 
