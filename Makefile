@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
 
-BENCHES := attn ffn layer sparse_update step memory data
+BENCHES := attn ffn layer cross sparse_update step memory data
 
 .PHONY: setup train test campaign bench bench-peers asan lint gpu clean
 .DELETE_ON_ERROR:

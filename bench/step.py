@@ -7,6 +7,7 @@ from typing import NamedTuple
 import click
 import torch
 from click.core import ParameterSource
+from common import paper
 from common.harness import Floors, Row, compare, measure_floors
 from common.options import Settings, bench_options
 from common.training import (
@@ -45,6 +46,8 @@ PROVIDERS = {"ours": Provider("auto"), "eager": Provider("eager"),
              "eager bf16": Provider("eager", autocast=True, recipes=("default",)),
              "compile": Provider("eager", compiled=True),
              "eager + AdamW on all": Provider("eager", "AdamW", recipes=("study",))}
+RTDL = "rtdl_revisiting_models"
+RECIPES = ("default", "study", "paper")
 FLOPS = {"ft": 70e9, "autoint": 44e9}  # of the study's step at B=4096, F=27, D=64; DCNv2's is bound by memory
 
 
@@ -62,6 +65,25 @@ def measure(s: Settings, recipe: str, name: str, floors: Floors) -> list[Row]:
     return compare(functions, kernel=f"step {name}" if recipe == "study" else f"{recipe} step {name}",
                    mode="training step", x=f"B={s.batch} {s.precision}", device=s.device, flops=flops, floors=floors,
                    samples=s.batch, rounds=15, **{"seconds": 8.0, "warmup": 1, **s.budget})
+
+
+def measure_paper(s: Settings, floors: Floors) -> list[Row]:
+    """FT-Transformer of its paper, next to its authors' implementation."""
+    drawn = paper.batch(s.batch, s.device)
+    providers: dict[str, Callable[[], Callable[..., object]]] = {
+        "ours": lambda: paper.ours("auto", drawn, s.dtype, False),
+        "eager": lambda: paper.ours("eager", drawn, s.dtype, False),
+        "compile": lambda: paper.ours("eager", drawn, s.dtype, True),
+        RTDL: lambda: paper.theirs(drawn, s.dtype, False),
+        f"{RTDL} compile": lambda: paper.theirs(drawn, s.dtype, True),
+    }
+    functions = {}
+    for name, build in s.choose(providers, ("ours", RTDL, f"{RTDL} compile")).items():
+        torch.manual_seed(0)
+        functions[name] = build()
+    return compare(functions, kernel="paper step ft", mode="training step", x=f"B={s.batch} {s.precision}",
+                   device=s.device, flops=paper.FLOPS * s.batch, floors=floors, samples=s.batch, rounds=15,
+                   **{"seconds": 20.0, "warmup": 1, **s.budget})
 
 
 def step_of(s: Settings, recipe: str, name: str, choice: Provider,
@@ -90,8 +112,8 @@ def chosen(given: str, among: tuple[str, ...], option: str) -> list[str]:
 @click.command()
 @click.option("--models", default="ft,autoint,dcnv2", show_default=True, help="Comma-separated.")
 @click.option("--recipe", "recipes", default="default,study", show_default=True,
-              help="Comma-separated: the default recipe of ctr-train, whose batch is its own unless --batch is given; "
-                   "the baseline study's.")
+              help="Comma-separated: default, the recipe of ctr-train, whose batch is its own unless --batch is given; "
+                   "study, the baseline study's; paper, FT-Transformer of its paper, at a batch of 1,024.")
 @bench_options
 def main(settings: Settings, models: str, recipes: str) -> None:
     """Time whole training steps at random ids in a table of 2 M rows. --fields, --dim and --heads do not apply: the
@@ -99,12 +121,15 @@ def main(settings: Settings, models: str, recipes: str) -> None:
     duplicates first, and dropout's mask; `eager + AdamW on all` is what one writes who does not think of the table."""
     if settings.sweep == "fields":
         raise click.BadParameter("the models have their own fields; only the batch can be swept", param_hint="--sweep")
-    names, wanted = chosen(models, tuple(MODELS), "--models"), chosen(recipes, ("default", "study"), "--recipe")
+    names, wanted = chosen(models, tuple(MODELS), "--models"), chosen(recipes, RECIPES, "--recipe")
     default_batch = click.get_current_context().get_parameter_source("batch") == ParameterSource.DEFAULT
     floors = measure_floors(settings.device, settings.dtype)
     rows = []
     for point in settings.points():
         for recipe in wanted:
+            if recipe == "paper":
+                rows += measure_paper(replace(point, batch=1024) if default_batch else point, floors)
+                continue
             for name in names:
                 own = recipe == "default" and default_batch and not settings.sweep
                 size = default_recipe(name)["batch_size"] if own else point.batch

@@ -1,6 +1,5 @@
 // ctr::field_attention and its backward on CPUs: checks, outputs, and the samples shared among threads.
 #include <tuple>
-#include <vector>
 
 #include "attention.h"
 
@@ -14,23 +13,26 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
                              double dropout_p, const std::optional<Tensor>& seed) {
   AttentionArgs args{};
   args.type = type_of(q, "q");
-  STD_TORCH_CHECK(q.dim() == 3, "q has ", q.dim(), " dimensions; [B, F, D] is needed");
-  const int64_t batch = q.size(0), fields = q.size(1), dim = q.size(2);
-  check_shape(k, {batch, fields, dim}, "k");
-  check_shape(v, {batch, fields, dim}, "v");
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q is [B, Q, E] and k [B, F, E]");
+  const int64_t batch = q.size(0), queries = q.size(1), width = q.size(2), keys = k.size(1);
+  check_shape(k, {batch, keys, width}, "k");
+  check_shape(v, {batch, keys, width}, "v");
   for (const Tensor* t : {&q, &k, &v}) {
     check_type(*t, q.scalar_type(), "q, k or v");
-    STD_TORCH_CHECK(t->stride(2) == 1 || t->numel() == 0, "the last dimension of q, k and v must be contiguous");
+    STD_TORCH_CHECK(t->stride(2) == 1 || t->numel() == 0 || width == 1,
+                    "the last dimension of q, k and v must be contiguous");
   }
-  STD_TORCH_CHECK(fields >= 1 && fields <= 64, "F=", fields, " fields; 1 to 64 are supported");
-  STD_TORCH_CHECK(num_heads >= 1 && dim % num_heads == 0, "D=", dim, " is not divisible into num_heads=", num_heads);
-  const int64_t width = dim / num_heads;
-  STD_TORCH_CHECK(width == 8 || width == 16 || width == 32 || width == 64, "D / num_heads = ", width,
-                  "; supported are 8, 16, 32, 64");
+  STD_TORCH_CHECK(queries >= 1, "Q=", queries, " queries; at least 1 is needed");
+  STD_TORCH_CHECK(keys >= 1 && keys <= kMaxKeys, "F=", keys, " fields; 1 to ", kMaxKeys, " are supported");
+  STD_TORCH_CHECK(num_heads >= 1 && width % num_heads == 0, "E=", width, " is not divisible into num_heads=", num_heads);
+  const int64_t head_dim = width / num_heads;
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHead, "E / num_heads = ", head_dim, "; 1 to ", kMaxHead,
+                  " are supported");
   args.samples = batch;
-  args.fields = fields;
+  args.queries = queries;
+  args.keys = keys;
   args.heads = num_heads;
-  args.head_dim = width;
+  args.head_dim = head_dim;
   args.scale = static_cast<float>(scale);
   args.dropout = dropout_args(dropout_p, seed);
   args.q = strided(q);
@@ -39,19 +41,21 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   return args;
 }
 
-int64_t packed_dim(const Tensor& qkv) {
-  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be [B, F, 3 D]");
+int64_t packed_width(const Tensor& qkv) {
+  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) % 3 == 0, "qkv must be [B, F, 3 E]");
   return qkv.size(2) / 3;
+}
+
+Tensor third(const Tensor& qkv, int64_t which, int64_t width) {
+  return torch::stable::narrow(const_cast<Tensor&>(qkv), 2, which * width, width);
 }
 
 }  // namespace
 
 AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
                                const std::optional<Tensor>& seed) {
-  const int64_t dim = packed_dim(qkv);
-  return attention_args(torch::stable::narrow(const_cast<Tensor&>(qkv), 2, 0, dim),
-                        torch::stable::narrow(const_cast<Tensor&>(qkv), 2, dim, dim),
-                        torch::stable::narrow(const_cast<Tensor&>(qkv), 2, 2 * dim, dim), num_heads, scale, dropout_p,
+  const int64_t width = packed_width(qkv);
+  return attention_args(third(qkv, 0, width), third(qkv, 1, width), third(qkv, 2, width), num_heads, scale, dropout_p,
                         seed);
 }
 
@@ -61,7 +65,7 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
   Tensor out = new_output({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   args.out = strided(out);
   args.around = args.head_dim % 16 == 0 && streams(out);
-  const KernelTable& kernels = kernels_for(args.head_dim);
+  const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
     kernels.attention_forward(args, first, last);
   });
@@ -70,59 +74,52 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
 
 namespace {
 
-// Gradients of q, k and v into args.dq, dk and dv, lines of which may be written around the caches if `around`.
-void differentiate(AttentionArgs& args, const Tensor& grad_out, const Tensor& q, bool around) {
+// Gradients into tensors of q's, k's and v's shapes.
+void backward_into(AttentionArgs& args, const Tensor& grad_out, const Tensor& q, const Tensor& dq, const Tensor& dk,
+                   const Tensor& dv, bool around) {
   check_shape(grad_out, {q.size(0), q.size(1), q.size(2)}, "grad_out");
   check_type(grad_out, q.scalar_type(), "grad_out");
-  STD_TORCH_CHECK(grad_out.stride(2) == 1 || grad_out.numel() == 0,
+  STD_TORCH_CHECK(grad_out.stride(2) == 1 || grad_out.numel() == 0 || q.size(2) == 1,
                   "the last dimension of grad_out must be contiguous");
   args.grad_out = strided(grad_out);
-  args.around = args.head_dim % 16 == 0 && around;
-  const KernelTable& kernels = kernels_for(args.head_dim);
-  torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
+  args.dq = strided(dq);
+  args.dk = strided(dk);
+  args.dv = strided(dv);
+  args.around = around && args.head_dim % 16 == 0;
+  const KernelTable& kernels = kernels_for(16);
+  torch::stable::parallel_for(0, args.samples, 16, [&](int64_t first, int64_t last) {
     kernels.attention_backward(args, first, last);
   });
 }
 
-Tensor third(const Tensor& qkv, int64_t which) {
-  const int64_t dim = packed_dim(qkv);
-  return torch::stable::narrow(const_cast<Tensor&>(qkv), 2, which * dim, dim);
-}
-
 }  // namespace
 
-// The gradients of q, k and v.
 std::tuple<Tensor, Tensor, Tensor> field_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
                                                             int64_t num_heads, double scale, double dropout_p,
                                                             std::optional<Tensor> seed) {
   AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
-  const std::vector<int64_t> queries{q.size(0), q.size(1), q.size(2)}, keys{k.size(0), k.size(1), k.size(2)};
-  Tensor dq = new_output(queries, q.scalar_type());
-  Tensor dk = new_output(keys, q.scalar_type()), dv = new_output(keys, q.scalar_type());
-  args.dq = strided(dq);
-  args.dk = strided(dk);
-  args.dv = strided(dv);
-  differentiate(args, grad_out, q, streams(dq) && streams(dk) && streams(dv));
+  Tensor dq = new_output({args.samples, args.queries, q.size(2)}, q.scalar_type());
+  Tensor dk = new_output({args.samples, args.keys, q.size(2)}, q.scalar_type());
+  Tensor dv = new_output({args.samples, args.keys, q.size(2)}, q.scalar_type());
+  backward_into(args, grad_out, q, dq, dk, dv, streams(dq) && streams(dk) && streams(dv));
   return {dq, dk, dv};
 }
 
-// The same on one projection [B, F, 3 D] that holds q | k | v; its gradient comes out in one piece.
+// The same on one projection [B, F, 3 E] that holds q | k | v; its gradient comes out in one piece.
 Tensor field_attention_packed(Tensor qkv, int64_t num_heads, double scale, double dropout_p,
                               std::optional<Tensor> seed) {
-  return field_attention(third(qkv, 0), third(qkv, 1), third(qkv, 2), num_heads, scale, dropout_p, seed);
+  const int64_t width = packed_width(qkv);
+  return field_attention(third(qkv, 0, width), third(qkv, 1, width), third(qkv, 2, width), num_heads, scale, dropout_p,
+                         seed);
 }
 
 Tensor field_attention_packed_backward(Tensor grad_out, Tensor qkv, int64_t num_heads, double scale,
                                        double dropout_p, std::optional<Tensor> seed) {
+  const int64_t width = packed_width(qkv);
   AttentionArgs args = packed_attention(qkv, num_heads, scale, dropout_p, seed);
-  const int64_t batch = qkv.size(0), fields = qkv.size(1), dim = packed_dim(qkv);
-  Tensor grads = new_output({batch, fields, 3 * dim}, qkv.scalar_type());
-  const int64_t bytes = static_cast<int64_t>(grads.element_size()) * dim;
-  char* data = static_cast<char*>(grads.mutable_data_ptr());
-  args.dq = {data, fields * 3 * dim, 3 * dim};
-  args.dk = {data + bytes, fields * 3 * dim, 3 * dim};
-  args.dv = {data + 2 * bytes, fields * 3 * dim, 3 * dim};
-  differentiate(args, grad_out, third(qkv, 0), streams(grads));
+  Tensor grads = new_output({args.samples, args.keys, 3 * width}, qkv.scalar_type());
+  const Tensor dq = third(grads, 0, width), dk = third(grads, 1, width), dv = third(grads, 2, width);
+  backward_into(args, grad_out, third(qkv, 0, width), dq, dk, dv, streams(grads));
   return grads;
 }
 

@@ -4,7 +4,7 @@
 
 namespace ctr {
 
-// The inputs of attention on a projection [B, F, 3 D] that holds q | k | v, checked; the outputs are missing.
+// The inputs of attention on a projection [B, F, 3 E] that holds q | k | v, checked; the outputs are missing.
 AttentionArgs packed_attention(const Tensor& qkv, int64_t num_heads, double scale, double dropout_p,
                                const std::optional<Tensor>& seed);
 

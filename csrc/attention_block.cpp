@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
   out.around = streams(y);
 
   const Parts parts(x);
-  const KernelTable &kernels = kernels_for(16), &heads = kernels_for(attention.head_dim);
+  const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, parts.number, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Part part = parts[i];
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
       in_part.x += part.token * dim;
       in_part.y += part.token * 3 * dim;
       kernels.linear_forward(in_part, 0, tiles_of(in_part));
-      heads.attention_forward(attention, part.first, part.first + part.count);
+      kernels.attention_forward(attention, part.first, part.first + part.count);
       out_part.x += part.token * dim;
       out_part.residual += part.token * dim;
       out_part.y += part.token * dim;
@@ -152,11 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
   for (int i = 0; i < 6; ++i) offsets[i + 1] = offsets[i] + sizes[i];
   const int64_t size = offsets[6];
   const Parts parts(x);
-  const int64_t tasks = std::min(parts.number, kTasks), width = attention.head_dim;
+  const int64_t tasks = std::min(parts.number, kTasks);
   Tensor sums = new_output({std::max<int64_t>(tasks, 1), size}, ScalarType::Float);
   float* data = static_cast<float*>(sums.mutable_data_ptr());
   if (tasks == 0) std::fill_n(data, size, 0.0f);
-  const KernelTable &kernels = kernels_for(16), &heads = kernels_for(width);
+  const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
     const int64_t most = parts.at_once * fields;  // tokens
     const AlignedFloats grad_attended(most * dim), grad_qkv(most * 3 * dim);
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
         some.dq = {grad_qkv.data(), fields * 3 * dim, 3 * dim};
         some.dk = {grad_qkv.data() + dim, fields * 3 * dim, 3 * dim};
         some.dv = {grad_qkv.data() + 2 * dim, fields * 3 * dim, 3 * dim};
-        heads.attention_backward(some, 0, part.count);
+        kernels.attention_backward(some, 0, part.count);
         in_part.x += part.token * dim;
         in_part.y = grad_qkv.data();
         in_part.residual += part.token * dim;

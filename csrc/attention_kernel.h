@@ -4,87 +4,51 @@
 // Forward: S = scale Q K^T, P = softmax(S), O = (P * M) V with M the dropout multipliers. Backward, from P
 // recomputed: dV = (P * M)^T dO; dP = (dO V^T) * M; dS = scale P * (dP - rowsum(P * dP)); dQ = dS K; dK = dS^T Q.
 #pragma once
-#include <initializer_list>
-
-#include "convert.h"
+#include "attention_heads.h"
+#include "attention_one_query.h"
 #include "gemm.h"
 #include "philox_vector.h"
-#include "prefetch.h"
 
 namespace ctr {
 namespace CTR_ISA {
 
-constexpr int64_t kMax = 64;  // fields, and width of a head
-constexpr int64_t kHead = kMax * kMax;
-
-// Maps [key, query] and transposed inputs have the smallest pitch that holds the fields: rows that leave a gap would use a
-// part of the first-level cache's sets only. The space between two maps keeps what is read and written at one place
+// Maps [key, query] and transposed inputs have the smallest pitch that holds a block of queries: rows that leave a gap would
+// use a part of the first-level cache's sets only. The space between two maps keeps what is read and written at one place
 // of both from looking like the same address, of which the processor compares the lowest 12 bits first.
 template <int64_t kPitch>
 struct alignas(64) AttentionScratch {
-  static constexpr int64_t kMap = kPitch * kPitch, kSpace = 80;
-  float transposed[kMax * kPitch], space0[kSpace], p[kMap], space1[kSpace], dp[kMap], space2[kSpace], mask[kMap];
+  static constexpr int64_t kMap = kMaxKeys * kPitch, kSpace = 80;
+  float transposed[kMaxHead * kPitch], space0[kSpace], p[kMap], space1[kSpace], dp[kMap], space2[kSpace], mask[kMap];
   float inverse[kPitch];
-  float q[kHead], k[kHead], v[kHead], go[kHead];                // bf16 inputs as fp32
-  float out[kHead], dq[kHead], dk[kHead], dv[kHead];            // bf16 outputs before rounding
 };
 
-struct View {
-  float* data;
-  int64_t stride;  // between fields
+// More than 64 queries are taken in blocks of that many, so that the maps of a block with all keys stay in the first-level cache.
+constexpr int64_t kForwardBlock = 32, kBackwardBlock = 32;
+
+// Consecutive queries of a head: all of them, or a block of whole vectors.
+struct Block {
+  int64_t first, count;
 };
-
-inline int64_t element_size(Type type) { return type == Type::f32 ? 4 : 2; }
-
-inline char* head_pointer(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head) {
-  return static_cast<char*>(t.data) + (sample * t.batch + head * args.head_dim) * element_size(args.type);
-}
-
-// fp32 memory is used where it is; bf16 passes through the scratch.
-inline View input(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, float* scratch) {
-  char* p = head_pointer(args, t, sample, head);
-  if (args.type == Type::f32) return {reinterpret_cast<float*>(p), t.field};
-  read_rows(args.type, p, t.field, args.fields, args.head_dim, scratch, args.head_dim);
-  return {scratch, args.head_dim};
-}
-inline View output(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, float* scratch) {
-  if (args.type != Type::f32) return {scratch, args.head_dim};
-  return {reinterpret_cast<float*>(head_pointer(args, t, sample, head)), t.field};
-}
-inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, const View& view) {
-  if (args.type == Type::f32) return;
-  write_rows(args.type, view.data, view.stride, args.fields, args.head_dim, head_pointer(args, t, sample, head),
-             t.field);
-}
-
-// Prefetches a head's share of the next sample, whole rows in the order of memory: a head's own lines, one or two of
-// every row, are a pattern that the hardware does not foresee.
-__attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args,
-                                                         std::initializer_list<const Strided*> tensors,
-                                                         int64_t sample, int64_t head) {
-  if (sample + 1 >= args.samples) return;
-  const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
-  for (int64_t r = args.fields * head / args.heads; r < args.fields * (head + 1) / args.heads; ++r)
-    for (const Strided* t : tensors)
-      prefetch(static_cast<const char*>(t->data) + ((sample + 1) * t->batch + r * t->field) * size, width);
+inline Block block_at(const AttentionArgs& args, int64_t first, int64_t size) {
+  const int64_t left = args.queries - first;
+  return {first, left < size ? left : size};
 }
 
 // Vectors of queries worked on at a time: as many chains of maxima and sums, each of which alone would wait.
 template <int64_t kPitch>
-constexpr int kAtOnce = kPitch / W % 3 == 0 ? 3 : kPitch / W % 2 == 0 ? 2 : 1;
+constexpr int kAtOnce = kPitch / W % 3 == 0 ? 3 : 2;
 
 // Columns of p [key, query] become exp2(factor (x - max)); inverse[query] = 1 / the column's sum. With a mask they are
 // multiplied by it after the sum.
-template <int64_t kPitch, bool kMasked>
-inline void softmax_columns(float* p, const float* mask, int64_t fields, float factor, float* inverse) {
-  constexpr int N = kAtOnce<kPitch>;
-  for (int64_t query = 0; query < fields; query += N * W) {
+template <int64_t kPitch, bool kMasked, int N = kAtOnce<kPitch>>
+inline void softmax_columns(float* p, const float* mask, int64_t queries, int64_t keys, float factor, float* inverse) {
+  for (int64_t query = 0; query < queries; query += N * W) {
     float* const column = p + query;
     Vec top[N], sum[N] = {};  // the sum is NaN if any logit is
     for (int v = 0; v < N; ++v) top[v] = load(column + v * W);
-    for (int64_t at = kPitch; at < fields * kPitch; at += kPitch)
+    for (int64_t at = kPitch; at < keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) top[v] = vmax(top[v], load(column + at + v * W));
-    for (int64_t at = 0; at < fields * kPitch; at += kPitch)
+    for (int64_t at = 0; at < keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) {
         const Vec e = exp2_nonpositive((load(column + at + v * W) - top[v]) * factor);  // exactly 1 at the maximum
         sum[v] += e;
@@ -95,12 +59,12 @@ inline void softmax_columns(float* p, const float* mask, int64_t fields, float f
 }
 
 // p, as softmax_columns leaves it, becomes P * M, and dp dS.
-template <int64_t kPitch, bool kDropout>
-void score_gradient(float* p, float* dp, const float* mask, int64_t fields, float scale, const float* inverse) {
-  constexpr int N = kAtOnce<kPitch>;
-  for (int64_t query = 0; query < fields; query += N * W) {
+template <int64_t kPitch, bool kDropout, int N = kAtOnce<kPitch>>
+void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int64_t keys, float scale,
+                    const float* inverse) {
+  for (int64_t query = 0; query < queries; query += N * W) {
     Vec sum[N] = {};
-    for (int64_t at = query; at < query + fields * kPitch; at += kPitch)
+    for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) {
         const Vec probability = load(p + at + v * W) * load(inverse + query + v * W);
         Vec gradient = load(dp + at + v * W);
@@ -111,7 +75,7 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t fields, floa
         sum[v] += probability * gradient;
         store(p + at + v * W, probability);
       }
-    for (int64_t at = query; at < query + fields * kPitch; at += kPitch)
+    for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) {
         const Vec probability = load(p + at + v * W);
         store(dp + at + v * W, probability * (load(dp + at + v * W) - sum[v]) * scale);
@@ -120,99 +84,136 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t fields, floa
   }
 }
 
-// s.p and s.inverse as softmax_columns leaves them; s.mask where dropping.
+// s.p and s.inverse of a block of queries as softmax_columns leaves them; s.mask where dropping.
 template <int64_t kPitch, bool kMasked>
-inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t sample, int64_t head,
-                          AttentionScratch<kPitch>& s, Dropping& dropping) {
-  const int64_t fields = args.fields, width = args.head_dim;
-  transpose_block(q.data, q.stride, fields, width, s.transposed, kPitch);
+inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t width, const Block& block,
+                          int64_t sample, int64_t head, AttentionScratch<kPitch>& s, Dropping& dropping) {
+  const int64_t queries = block.count, keys = args.keys;
+  transpose_block(q.data + block.first * q.stride, q.stride, queries, width, s.transposed, kPitch);
   if (args.scale < 0.0f)  // the maximum is that of the scaled logits
     for (int64_t i = 0; i < width * kPitch; i += W) store(s.transposed + i, -load(s.transposed + i));
-  gemm<Layout::rows>(fields, (fields + W - 1) / W * W, width, k.data, k.stride, s.transposed, Constant<kPitch>{},
+  gemm<Layout::rows>(keys, (queries + W - 1) / W * W, args.head_dim, k.data, k.stride, s.transposed, Constant<kPitch>{},
                      Store{s.p, kPitch});
   if (args.dropout.threshold != 0) {
-    const int64_t groups = (fields + 31) / 32, row = ((args.first_sample + sample) * args.heads + head) * fields;
+    const int64_t groups = (keys + 31) / 32;
+    const int64_t row = ((args.first_sample + sample) * args.heads + head) * args.queries + block.first;
     const int64_t first = row * groups;
     for (int64_t group = 0; group < groups; ++group)
-      for (int64_t query = 0; query < fields; query += W)
-        dropout_columns(dropping, first + query * groups + group, groups, fields - query < W ? fields - query : W,
-                        fields - 32 * group < 32 ? fields - 32 * group : 32, s.mask + 32 * group * kPitch + query,
+      for (int64_t query = 0; query < queries; query += W)
+        dropout_columns(dropping, first + query * groups + group, groups, queries - query < W ? queries - query : W,
+                        keys - 32 * group < 32 ? keys - 32 * group : 32, s.mask + 32 * group * kPitch + query,
                         kPitch);
   }
-  softmax_columns<kPitch, kMasked>(s.p, s.mask, fields, (args.scale < 0.0f ? -args.scale : args.scale) * kLog2e,
-                                   s.inverse);
+  const float factor = (args.scale < 0.0f ? -args.scale : args.scale) * kLog2e;
+  if (queries > W) softmax_columns<kPitch, kMasked>(s.p, s.mask, queries, keys, factor, s.inverse);
+  else softmax_columns<kPitch, kMasked, 1>(s.p, s.mask, queries, keys, factor, s.inverse);
 }
 
 template <int64_t kPitch, bool kDropout>
-inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch<kPitch>& s,
-                         Dropping& dropping) {
-  const int64_t fields = args.fields;
-  const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
-  const View v = input(args, args.v, sample, head, s.v), out = output(args, args.out, sample, head, s.out);
-  probabilities<kPitch, kDropout>(args, q, k, sample, head, s, dropping);
-  gemm<Layout::transposed>(fields, args.head_dim, fields, s.p, Constant<kPitch>{}, v.data, v.stride,
-                           StoreRowScaled{out.data, out.stride, s.inverse, args.around});
-  flush(args, args.out, sample, head, out);
+inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head, const HeadRows& rows,
+                         AttentionScratch<kPitch>& s, Dropping& dropping) {
+  const int64_t keys = args.keys, width = rows.width();
+  const View q = input(args, args.q, sample, head, args.queries, rows.q());
+  const View k = input(args, args.k, sample, head, keys, rows.k()), v = input(args, args.v, sample, head, keys, rows.v());
+  const View out = output(args, args.out, sample, head, rows.out());
+  for (int64_t first = 0; first < args.queries; first += kPitch) {
+    const Block block = block_at(args, first, kPitch);
+    probabilities<kPitch, kDropout>(args, q, k, width, block, sample, head, s, dropping);
+    gemm<Layout::transposed>(block.count, width, keys, s.p, Constant<kPitch>{}, v.data, v.stride,
+                             StoreRowScaled{out.data + first * out.stride, out.stride, s.inverse, args.around});
+  }
+  flush(args, args.out, sample, head, args.queries, out);
 }
 
+// dS and P * M of a block of queries, in s.dp and s.p.
 template <int64_t kPitch, bool kDropout>
-inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, AttentionScratch<kPitch>& s,
-                          Dropping& dropping) {
+inline void differentiate_block(const AttentionArgs& args, const View& q, const View& k, const View& v, const View& go,
+                                int64_t width, const Block& block, int64_t sample, int64_t head,
+                                AttentionScratch<kPitch>& s, Dropping& dropping) {
+  probabilities<kPitch, false>(args, q, k, width, block, sample, head, s, dropping);
+  transpose_block(go.data + block.first * go.stride, go.stride, block.count, width, s.transposed, kPitch);
+  gemm<Layout::rows>(args.keys, (block.count + W - 1) / W * W, args.head_dim, v.data, v.stride, s.transposed,
+                     Constant<kPitch>{}, Store{s.dp, kPitch});
+  const auto gradient = block.count > W ? score_gradient<kPitch, kDropout> : score_gradient<kPitch, kDropout, 1>;
+  gradient(s.p, s.dp, s.mask, block.count, args.keys, args.scale, s.inverse);
+}
+
+// kBlocks: dk and dv are sums over blocks of queries.
+template <int64_t kPitch, bool kDropout, bool kBlocks>
+inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t head, const HeadRows& rows,
+                          AttentionScratch<kPitch>& s, Dropping& dropping) {
   using Pitch = Constant<kPitch>;
-  const int64_t fields = args.fields, width = args.head_dim, queries = (fields + W - 1) / W * W;
-  const View q = input(args, args.q, sample, head, s.q), k = input(args, args.k, sample, head, s.k);
-  const View v = input(args, args.v, sample, head, s.v), go = input(args, args.grad_out, sample, head, s.go);
-  const View dq = output(args, args.dq, sample, head, s.dq), dk = output(args, args.dk, sample, head, s.dk);
-  const View dv = output(args, args.dv, sample, head, s.dv);
-  probabilities<kPitch, false>(args, q, k, sample, head, s, dropping);
-  transpose_block(go.data, go.stride, fields, width, s.transposed, kPitch);
-  gemm<Layout::rows>(fields, queries, width, v.data, v.stride, s.transposed, Pitch{}, Store{s.dp, kPitch});
-  score_gradient<kPitch, kDropout>(s.p, s.dp, s.mask, fields, args.scale, s.inverse);
-  gemm<Layout::transposed>(fields, width, fields, s.dp, Pitch{}, k.data, k.stride,
-                           Store{dq.data, dq.stride, args.around});
-  gemm<Layout::rows>(fields, width, fields, s.dp, Pitch{}, q.data, q.stride, Store{dk.data, dk.stride, args.around});
-  gemm<Layout::rows>(fields, width, fields, s.p, Pitch{}, go.data, go.stride, Store{dv.data, dv.stride, args.around});
-  flush(args, args.dq, sample, head, dq);
-  flush(args, args.dk, sample, head, dk);
-  flush(args, args.dv, sample, head, dv);
+  const int64_t keys = args.keys, width = rows.width();
+  const View q = input(args, args.q, sample, head, args.queries, rows.q());
+  const View k = input(args, args.k, sample, head, keys, rows.k()), v = input(args, args.v, sample, head, keys, rows.v());
+  const View go = input(args, args.grad_out, sample, head, args.queries, rows.go());
+  const View dq = output(args, args.dq, sample, head, rows.out());
+  const View dk = kBlocks ? View{rows.dk(), width} : output(args, args.dk, sample, head, rows.dk());
+  const View dv = kBlocks ? View{rows.dv(), width} : output(args, args.dv, sample, head, rows.dv());
+  for (int64_t first = 0; first < args.queries; first += kPitch) {
+    const Block block = block_at(args, first, kPitch);
+    differentiate_block<kPitch, kDropout>(args, q, k, v, go, width, block, sample, head, s, dropping);
+    gemm<Layout::transposed>(block.count, width, keys, s.dp, Pitch{}, k.data, k.stride,
+                             Store{dq.data + first * dq.stride, dq.stride, args.around});
+    const float *const queries = q.data + first * q.stride, *const grads = go.data + first * go.stride;
+    if (kBlocks && first > 0) {
+      gemm<Layout::rows>(keys, width, block.count, s.dp, Pitch{}, queries, q.stride, Add{dk.data, dk.stride});
+      gemm<Layout::rows>(keys, width, block.count, s.p, Pitch{}, grads, go.stride, Add{dv.data, dv.stride});
+    } else {
+      const bool around = args.around && !kBlocks;
+      gemm<Layout::rows>(keys, width, block.count, s.dp, Pitch{}, queries, q.stride, Store{dk.data, dk.stride, around});
+      gemm<Layout::rows>(keys, width, block.count, s.p, Pitch{}, grads, go.stride, Store{dv.data, dv.stride, around});
+    }
+  }
+  flush(args, args.dq, sample, head, args.queries, dq);
+  flush(args, args.dk, sample, head, keys, dk);
+  flush(args, args.dv, sample, head, keys, dv);
 }
 
 template <int64_t kPitch, bool kDropout>
 void forward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
   AttentionScratch<kPitch> scratch;
+  const HeadRows rows(args);
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v}, sample, head);
-      forward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
+      prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
+      prefetch_next(args, args.queries, {&args.q}, sample, head);
+      forward_head<kPitch, kDropout>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();
 }
 
-template <int64_t kPitch, bool kDropout>
+template <int64_t kPitch, bool kDropout, bool kBlocks = false>
 void backward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
   AttentionScratch<kPitch> scratch;
+  const HeadRows rows(args, kBlocks);
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, {&args.q, &args.k, &args.v, &args.grad_out}, sample, head);
-      backward_head<kPitch, kDropout>(args, sample, head, scratch, dropping);
+      prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
+      prefetch_next(args, args.queries, {&args.q, &args.grad_out}, sample, head);
+      backward_head<kPitch, kDropout, kBlocks>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();
 }
 
 template <bool kDropout>
 void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
-  if (args.fields <= 32) return forward_samples<32, kDropout>(args, first, last);
-  if (args.fields <= 48) return forward_samples<48, kDropout>(args, first, last);
-  return forward_samples<64, kDropout>(args, first, last);
+  if (args.queries == 1) return query_forward_samples<kDropout>(args, first, last);
+  if (args.queries <= 32) return forward_samples<32, kDropout>(args, first, last);
+  if (args.queries <= 48) return forward_samples<48, kDropout>(args, first, last);
+  if (args.queries <= 64) return forward_samples<64, kDropout>(args, first, last);
+  return forward_samples<kForwardBlock, kDropout>(args, first, last);
 }
 
 template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
-  if (args.fields <= 32) return backward_samples<32, kDropout>(args, first, last);
-  if (args.fields <= 48) return backward_samples<48, kDropout>(args, first, last);
-  return backward_samples<64, kDropout>(args, first, last);
+  if (args.queries == 1) return query_backward_samples<kDropout>(args, first, last);
+  if (args.queries <= 32) return backward_samples<32, kDropout>(args, first, last);
+  if (args.queries <= 48) return backward_samples<48, kDropout>(args, first, last);
+  if (args.queries <= 64) return backward_samples<64, kDropout>(args, first, last);
+  return backward_samples<kBackwardBlock, kDropout, true>(args, first, last);
 }
 
 inline void attention_forward(const AttentionArgs& args, int64_t first, int64_t last) {

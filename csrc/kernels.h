@@ -6,7 +6,7 @@ namespace ctr {
 
 enum class Type { f32, bf16 };  // of inputs and outputs; arithmetic is always fp32
 
-// A [batch, field, D] tensor whose last dimension is contiguous; strides in elements.
+// A [batch, field, width] tensor whose last dimension is contiguous; strides in elements.
 struct Strided {
   void* data;
   int64_t batch, field;
@@ -18,14 +18,16 @@ struct DropoutArgs {
   float keep_scale;    // 1 / (1 - p)
 };
 
+constexpr int64_t kMaxKeys = 128, kMaxHead = 128;  // of attention: fields, and width of a head
+
 struct AttentionArgs {
   Type type;
   int64_t first_sample, samples;  // of the batch, that the tensors begin with; how many they hold
-  int64_t fields, heads, head_dim;
+  int64_t queries, keys, heads, head_dim;
   float scale;
   DropoutArgs dropout;
-  Strided q, k, v;
-  Strided out;                    // forward: [B, F, D]
+  Strided q, k, v;                // [B, Q, E], [B, F, E] twice
+  Strided out;                    // forward: [B, Q, E]
   Strided grad_out, dq, dk, dv;   // backward
   bool around;                    // what is written, fp32 in whole lines, goes around the caches
 };
@@ -151,7 +153,7 @@ struct RowUpdate {
 };
 
 struct KernelTable {
-  int width;  // floats of a vector; head_dim and row widths must be multiples of it
+  int width;  // floats of a vector; widths of rows must be multiples of it, but for attention
   void (*attention_forward)(const AttentionArgs&, int64_t first_sample, int64_t last_sample);
   void (*attention_backward)(const AttentionArgs&, int64_t first_sample, int64_t last_sample);
   void (*ffn_forward)(const FfnArgs&, int64_t first_tile, int64_t last_tile);

@@ -45,8 +45,9 @@ void use_huge_pages(Tensor table);
 int64_t first_bad_id(Tensor ids, int64_t num_rows);
 Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen);
 void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> last,
-                   Tensor ids, Tensor rows, int64_t rule, double lr, double weight_decay, double eps, double beta1,
-                   double beta2, int64_t step, int64_t seed);
+                   Tensor ids, Tensor rows, std::optional<Tensor> sorted_ids, std::optional<Tensor> order, int64_t rule,
+                   double lr, std::optional<Tensor> lr_on_device, double weight_decay, double eps, double beta1,
+                   double beta2, std::optional<Tensor> step, std::optional<Tensor> seed);
 bool parse_criteo(Tensor text, bool labelled, int64_t hash_bins, Tensor log1p, Tensor label, Tensor dense,
                   Tensor dense_missing, Tensor sparse, Tensor values, Tensor sparse_missing);
 }  // namespace ctr

@@ -22,6 +22,34 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
 
+inline IVec lane_index() {
+  IVec lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// The first `count` floats at p, 0 < count < W, and zeros; no other memory is read, or written.
+inline Vec load_part(const float* p, int64_t count) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#elif CTR_WIDTH == 8 && defined(__AVX__)
+  return (Vec)_mm256_maskload_ps(p, (__m256i)(lane_index() < static_cast<int32_t>(count)));
+#else
+  Vec v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_part(float* p, Vec v, int64_t count) {
+#if CTR_WIDTH == 16 && defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#elif CTR_WIDTH == 8 && defined(__AVX__)
+  _mm256_maskstore_ps(p, (__m256i)(lane_index() < static_cast<int32_t>(count)), (__m256)v);
+#else
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 // A store around the caches, to memory that is a multiple of the vector. It pays only where the stores that follow
 // each other fill whole lines, and ends with finish_streams before other threads may read.
 inline void stream(float* p, Vec v) {
@@ -71,12 +99,6 @@ inline Vec vmin(Vec a, Vec b) {
 
 inline Vec vabs(Vec v) { return (Vec)((IVec)v & 0x7FFFFFFF); }
 
-inline IVec lane_index() {
-  IVec lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = i;
-  return lanes;
-}
-
 #ifdef __clang__
 // __builtin_shuffle is GCC's; the loops below are what it stands for.
 inline Vec permute(Vec a, IVec index) {
@@ -102,6 +124,20 @@ inline Vec sum_lanes(Vec v) {
 inline Vec max_lanes(Vec v) {
   for (int bit = 1; bit < W; bit <<= 1) v = vmax(v, permute(v, lane_index() ^ bit));
   return v;
+}
+
+// Lane i: the sum over the lanes of rows[i], which are lost. log2(W) rounds, each adding the halves of pairs of rows.
+__attribute__((always_inline)) inline Vec sum_rows(Vec (&rows)[W]) {
+  const IVec lanes = lane_index();
+#pragma GCC unroll 4
+  for (int bit = 1; bit < W; bit <<= 1) {
+    const IVec set = (lanes & bit) != 0;  // -1 where the lane's bit is set
+    const IVec first = set ? (lanes ^ bit) + W : lanes, second = set ? lanes + W : lanes ^ bit;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 2 * bit)
+      rows[i] = permute(rows[i], rows[i + bit], first) + permute(rows[i], rows[i + bit], second);
+  }
+  return rows[0];
 }
 
 // Casts between vector types of one size keep the bits.

@@ -61,11 +61,21 @@ Tensor embedding_lookup(Tensor weight, Tensor ids, bool widen) {
   return out;
 }
 
+// The element of an int64 tensor; 0 where there is none.
+static int64_t number_of(const std::optional<Tensor>& t, const char* name) {
+  if (!t.has_value()) return 0;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1, name, " must be one int64 element");
+  return *static_cast<const int64_t*>(t->const_data_ptr());
+}
+
 // One step of a rule, in place (see ctr_kernels/sparse_update/rule.py): duplicates are summed, then each row is read and
-// written once. rule: 0 SGD, 1 rowwise Adagrad, 2 Adagrad, 3 lazy Adam. Decay counts steps where `last` is given.
+// written once. rule: 0 SGD, 1 rowwise Adagrad, 2 Adagrad, 3 lazy Adam. Decay counts steps where `last` is given. Not used:
+// sorted_ids and order, the ids sorted before, and lr_on_device, which are for GPUs.
 void sparse_update(Tensor weight, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> last,
-                   Tensor ids, Tensor rows, int64_t rule, double lr, double weight_decay, double eps, double beta1,
-                   double beta2, int64_t step, int64_t seed) {
+                   Tensor ids, Tensor rows, std::optional<Tensor> sorted_ids, std::optional<Tensor> order, int64_t rule,
+                   double lr, std::optional<Tensor> lr_on_device, double weight_decay, double eps, double beta1,
+                   double beta2, std::optional<Tensor> steps, std::optional<Tensor> key) {
+  const int64_t step = number_of(steps, "step"), seed = number_of(key, "seed");
   RowUpdate args{};
   args.weight_type = args.state_type = type_of(weight, "weight");
   args.rows_type = type_of(rows, "rows");

@@ -7,6 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ctr_kernels import TransformerLayer, field_attention
+from ctr_kernels.attention.operator import supports
+from ctr_kernels.backend import resolve
+from ctr_kernels.checks import product_dtype
 
 from .base import CTRModel, LogitLinear, logit_shortcut, study_head
 from .checks import check_attention, check_choice, check_dropout, check_positive
@@ -154,3 +157,10 @@ class InteractingLayer(nn.Module):
         heads = field_attention(q, k, v, num_heads=self.num_heads, scale=1.0,
                                 dropout_p=self.dropout if self.training else 0.0, kernels=self.kernels)
         return self.norm(F.relu(heads + residual))
+
+    def operations(self, num_tokens: int) -> dict[str, str]:
+        """The backend of the attention on rows of that many tokens, in the dtype of the parameters or of autocast."""
+        weight = self.qkvr.weight
+        width = len(weight) // 4
+        return {"field_attention": resolve(self.kernels, weight.device, "field_attention", product_dtype(weight),
+                                           lambda of: supports(of, num_tokens, num_tokens, width, self.num_heads))}

@@ -40,6 +40,19 @@ class CTRModel(nn.Module):
                                  "sparse-row optimizers cannot update it")
         return list(dict.fromkeys(table.weight for table in tables.values()))
 
+    def operations(self) -> dict[str, str]:
+        """Operation -> the backend that runs it, or those of several modules ("eager, native").
+
+        As the model is now: its device, dtype, autocast and children. "eager": also what is composed of PyTorch's own.
+        """
+        tokens = next((module.num_tokens for module in self.modules() if hasattr(module, "num_tokens")), 1)
+        found: dict[str, set[str]] = {}
+        for module in self.modules():
+            if module is not self and hasattr(module, "operations"):
+                for operation, backend in module.operations(tokens).items():
+                    found.setdefault(operation, set()).add(backend)
+        return {operation: ", ".join(sorted(found[operation])) for operation in sorted(found)}
+
     def store_embeddings_as(self, dtype: torch.dtype) -> None:
         """Keep the tables in `dtype`, bf16 for half the memory; the tokens they give stay in the dtype they had."""
         for module in self.modules():

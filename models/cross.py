@@ -121,10 +121,18 @@ class LowRankCross(nn.Module):
             return f"x0 is {x0.dtype} on {x0.device}, x {x.dtype} on {x.device}"
         return None
 
+    def operations(self, _: int) -> dict[str, str]:
+        """The backend of the layer on rows in the dtype and on the device of its parameters."""
+        row = self._row()
+        called = self._why_not_fused(row, row) is not None
+        return {"low_rank_cross": "eager" if called else resolve(self.kernels, row.device, "low_rank_cross", row.dtype)}
+
+    def _row(self) -> torch.Tensor:
+        return next(self.parameters(), torch.empty(0)).new_empty(0, self.width)
+
     def extra_repr(self) -> str:
-        parameter = next(self.parameters(), torch.empty(0))
         try:
-            row = parameter.new_empty(0, self.width)
+            row = self._row()
             reason = self._why_not_fused(row, row)
         except (BackendUnavailable, TypeError, ValueError) as error:
             reason = str(error)

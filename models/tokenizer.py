@@ -229,6 +229,10 @@ class FeatureTokenizer(nn.Module):
             return supports("triton", table.dim, statistics)
         return None
 
+    def operations(self, _: int) -> dict[str, str]:
+        """What makes the tokens: "triton" in one operation, or "eager" of the results of their parts."""
+        return {"field_tokens": "triton" if self._why_not_fused() is None else "eager"}
+
     def extra_repr(self) -> str:
         try:
             reason = self._why_not_fused()

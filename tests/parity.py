@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from ctr_kernels import set_output_cache
+from ctr_kernels.ffn.reference import GATED
 
 FP32_UNIT = torch.finfo(torch.float32).eps
 SEED = 0x1234_5678_9ABC_DEF0
@@ -67,7 +68,8 @@ def cross_inputs(batch: int, width: int, rank: int, dtype: torch.dtype = torch.f
             for i, shape in enumerate(shapes)]
 
 
-def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype) -> Tensors:
-    shapes = [(tokens, dim), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+def ffn_inputs(tokens: int, dim: int, hidden: int, dtype: torch.dtype, activation: str = "gelu") -> Tensors:
+    rows = 2 * hidden if activation in GATED else hidden
+    shapes = [(tokens, dim), (rows, dim), (rows,), (dim, hidden), (dim,)]
     return [(torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0)).to(dtype)
             for i, shape in enumerate(shapes)]

@@ -7,6 +7,7 @@ which is chosen before Triton is imported: one test runs this file in a process 
 import importlib.util
 import itertools
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from ctr_kernels import (
 )
 from ctr_kernels.attention.reference import field_attention_reference
 from ctr_kernels.cross.reference import low_rank_cross_reference
+from ctr_kernels.ffn.reference import ACTIVATIONS as FUNCTIONS
 from ctr_kernels.ffn.reference import ffn_reference
 from ctr_kernels.philox import dropout_mask_torch
 from ctr_kernels.sparse_update.reference import update_reference
@@ -35,8 +37,11 @@ from ctr_kernels.sparse_update.rule import RowState, Rule
 
 DTYPES = (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16)  # bf16 is wrong in the interpreter
 native_only = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
+HEAD_DIMS = (1, 5, 16, 24, 64, 100) if INTERPRETED else (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 100, 128)
 OPTIMIZERS = {"sgd": SparseSGD, "rowwise-adagrad": SparseRowwiseAdagrad, "adagrad": SparseAdagrad,
               "lazy-adam": SparseLazyAdam}
+
+ACTIVATIONS = tuple(FUNCTIONS)
 
 properties = settings(max_examples=4 if INTERPRETED else 40, deadline=None,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,12 +66,27 @@ def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_attention(fused: str, head_dim: int, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for batch, fields, heads in [(0, 27, 4), (1, 1, 1), (3, 27, 4), (1, 28, 2), (2, 16, 1), (3, 33, 1), (1, 64, 2)]:
+    cases = [(0, 27, 4), (1, 1, 1), (3, 27, 4), (1, 28, 2), (2, 16, 1), (3, 33, 1), (1, 64, 2)]
+    cases += [] if INTERPRETED else [(2, 65, 3), (1, 100, 2), (1, 128, 1)]
+    for batch, fields, heads in cases:
         q, k, v = torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1)
+        check_attention(fused, q, k, v, heads, dropout_p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_attention_with_fewer_or_more_queries_than_fields(fused: str, dropout_p: float, dtype: torch.dtype) -> None:
+    """One query above all: a CLS token that reads all fields."""
+    torch.manual_seed(13)
+    cases = [(3, 1, 40, 2, 24), (2, 3, 27, 4, 16), (1, 40, 3, 1, 8), (0, 1, 5, 1, 5)]
+    cases += [] if INTERPRETED else [(5, 1, 100, 4, 16), (70, 1, 1, 2, 10), (2, 1, 128, 1, 128), (2, 128, 1, 3, 20)]
+    for batch, queries, fields, heads, head_dim in cases:
+        q, (k, v) = torch.randn(batch, fields + queries, heads * head_dim).to(dtype)[:, -queries:], torch.randn(
+            batch, fields, 2 * heads * head_dim).to(dtype).chunk(2, dim=-1)
         check_attention(fused, q, k, v, heads, dropout_p)
 
 
@@ -100,13 +120,15 @@ def test_attention_of_any_strides(fused: str) -> None:
 
 
 @properties
-@given(st.integers(0, 3), st.integers(1, 64), st.integers(1, 3), st.sampled_from([8, 16, 32, 64]),
-       st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES), st.integers(0, 2**32))
-def test_attention_of_any_shape(fused: str, batch: int, fields: int, heads: int, head_dim: int, dropout_p: float,
-                                dtype: torch.dtype, seed: int) -> None:
+@given(st.integers(0, 3), st.integers(1, 40 if INTERPRETED else 128), st.integers(1, 3), st.integers(1, 128),
+       st.sampled_from([0, 1, 2, 70]), st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_attention_of_any_shape(fused: str, batch: int, fields: int, heads: int, head_dim: int, queries: int,
+                                dropout_p: float, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    check_attention(fused, *torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1), heads,
-                    dropout_p)
+    q, k, v = torch.randn(batch, fields, 3 * heads * head_dim).to(dtype).chunk(3, dim=-1)
+    if queries:  # else of all fields
+        q = torch.randn(batch, queries, heads * head_dim).to(dtype)
+    check_attention(fused, q, k, v, heads, dropout_p)
 
 
 @pytest.mark.parametrize("fields", [1, 27, 40, 64])
@@ -131,13 +153,14 @@ def check_ffn(kernels: str, inputs: Tensors, activation: str, dropout_p: float =
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_ffn(fused: str, activation: str, dropout_p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    large = [] if INTERPRETED else [(96, 64, 256), (300, 64, 256)]
-    for tokens, dim, hidden in [(0, 64, 256), (1, 64, 128), (200, 20, 8), (81, 8, 72), *large]:
-        check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype), activation, dropout_p)
+    large = [] if INTERPRETED else [(96, 64, 256), (300, 64, 256), (500, 192, 256), (33, 200, 170), (97, 768, 100)]
+    small = [(0, 64, 256), (1, 64, 128), (200, 20, 8), (81, 8, 72), (40, 1, 1), (50, 70, 33)]
+    for tokens, dim, hidden in [*small, *large]:
+        check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype, activation), activation, dropout_p)
 
 
 @native_only
@@ -147,10 +170,10 @@ def test_ffn_at_full_size(fused: str) -> None:
     check_ffn(fused, [x.view(4096, 27, 64), *weights], "gelu", 0.1)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_ffn_of_large_and_strided_inputs(fused: str, activation: str) -> None:
     torch.manual_seed(6)
-    x, *weights = ffn_inputs(48, 64, 128, torch.float32)
+    x, *weights = ffn_inputs(48, 64, 128, torch.float32, activation)
     check_ffn(fused, [x * 1e4, *weights], activation)
     check_ffn(fused, [x.view(2, 24, 64)[:, :1].expand(2, 5, 64), *weights], activation)
     turned = [weights[0].t().contiguous().t(), weights[1], weights[2].t().contiguous().t(), weights[3]]
@@ -158,33 +181,43 @@ def test_ffn_of_large_and_strided_inputs(fused: str, activation: str) -> None:
 
 
 @properties
-@given(st.integers(0, 200), st.integers(1, 70), st.integers(1, 20), st.sampled_from(["gelu", "gelu_tanh", "relu"]),
+@given(st.integers(0, 200), st.integers(1, 70), st.integers(1, 160), st.sampled_from(ACTIVATIONS),
        st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES), st.integers(0, 2**32))
-def test_ffn_of_any_shape(fused: str, tokens: int, dim: int, eighths: int, activation: str, dropout_p: float,
+def test_ffn_of_any_shape(fused: str, tokens: int, dim: int, hidden: int, activation: str, dropout_p: float,
                           dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    check_ffn(fused, ffn_inputs(tokens, dim, 8 * eighths, dtype), activation, dropout_p)
+    check_ffn(fused, ffn_inputs(tokens, dim, hidden, dtype, activation), activation, dropout_p)
 
 
-@pytest.mark.parametrize("hidden", [8, 64, 72, pytest.param(256, marks=native_only)])
-def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int) -> None:
-    ones = torch.ones(hidden)
-    out = ffn(torch.zeros(100, hidden), torch.zeros(hidden, hidden), ones, torch.eye(hidden), 0 * ones,
-              activation="relu", dropout_p=0.3, seed=SEED, kernels=fused)  # the hidden itself, all ones
+@pytest.mark.parametrize("activation", ["relu", "reglu"])
+@pytest.mark.parametrize("hidden", [7, 64, 72, pytest.param(256, marks=native_only)])
+def test_ffn_drops_the_elements_of_the_specification(fused: str, hidden: int, activation: str) -> None:
+    rows = hidden * (2 if activation == "reglu" else 1)
+    out = ffn(torch.zeros(100, hidden), torch.zeros(rows, hidden), torch.ones(rows), torch.eye(hidden),
+              torch.zeros(hidden), activation=activation, dropout_p=0.3, seed=SEED, kernels=fused)  # the hidden: ones
     assert torch.equal(out != 0, dropout_mask_torch(100, hidden, 0.3, torch.tensor([SEED])))
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+# Tokens, width, heads, their width, hidden units: of the tuned shapes, of odd ones, and of FT-Transformer's paper.
+LAYERS = [(0, 27, 64, 4, 16, 256), (1, 1, 16, 2, 8, 8), (3, 40, 48, 3, 16, 72), (2, 5, 30, 2, 10, 33)]
+if not INTERPRETED:
+    LAYERS += [(5, 27, 64, 4, 16, 256), (11, 28, 64, 1, 64, 128), (30, 40, 192, 8, 24, 256), (2, 100, 20, 2, 64, 40)]
+FORMS = [{"norm": "pre"}, {"norm": "post"}, {"attention_norm": False, "activation": "reglu"},
+         {"queries": 1, "activation": "geglu"}, {"queries": 1, "attention_norm": False, "activation": "swiglu"}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_layer(fused: str, norm: str, dropout_p: float) -> None:
-    """The halves of a layer, norms and residuals included."""
+def test_layer(fused: str, form: dict[str, Any], dropout_p: float) -> None:
+    """The halves of a layer, norms and residuals included, each one operator."""
     torch.manual_seed(9)
-    large = [] if INTERPRETED else [(5, 27, 64, 4, 256), (11, 28, 64, 1, 128)]
-    for batch, fields, dim, heads, hidden in [(0, 27, 64, 4, 256), (1, 1, 16, 2, 8), (3, 40, 48, 3, 72), *large]:
-        layer = TransformerLayer(dim, heads, hidden, norm=norm, dropout=dropout_p)
+    for batch, fields, dim, heads, head_dim, hidden in LAYERS:
+        layer = TransformerLayer(dim, heads, hidden, head_dim=head_dim, dropout=dropout_p, kernels=fused, **form)
+        assert all(half.composed is None for half in layer.backends(fields).values()), layer.backends(fields)
         for module in (layer.attention_norm, layer.ffn_norm):
-            torch.nn.init.normal_(module.weight)
-            torch.nn.init.normal_(module.bias)
+            if module is not None:
+                torch.nn.init.normal_(module.weight)
+                torch.nn.init.normal_(module.bias)
         names, weights = zip(*layer.named_parameters(), strict=True)
 
         def run(kernels: str, x: torch.Tensor, *weights: torch.Tensor, layer: TransformerLayer = layer,
@@ -193,7 +226,8 @@ def test_layer(fused: str, norm: str, dropout_p: float) -> None:
             layer.kernels = kernels
             return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), x)
 
-        x, grad_out = torch.randn(batch, fields, dim) * 3 + 1, torch.randn(batch, fields, dim)
+        x = torch.randn(batch, fields, dim) * 3 + 1
+        grad_out = torch.randn(batch, layer.queries or fields, dim)
         check(partial(run, fused), partial(run, "eager"), [x, *weights], grad_out / max(1, batch * fields) ** 0.5)
 
 

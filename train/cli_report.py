@@ -151,8 +151,11 @@ def _letter(index: int) -> str:
 
 
 def _kernels(config: dict[str, Any]) -> str:
-    """The backends of the model's operations: "eager", or "eager, native" where they differ."""
-    return ", ".join(sorted(set(config["kernels_resolved"].values())))
+    """The backend of most of the model's operations, and what other ones ran: "native (field_tokens: eager)"."""
+    resolved: dict[str, str] = config["kernels_resolved"]
+    (most, _), *others = Counter(resolved.values()).most_common() or [(UNKNOWN, 0)]
+    different = [f"{name}: {backend}" for name, backend in resolved.items() if backend != most]
+    return f"{most} ({', '.join(different)})" if others else most
 
 
 def _curves(result: RunResult, groups: Sequence[str]) -> RunCurves:

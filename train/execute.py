@@ -75,6 +75,8 @@ def execute(directory: Path, settings: dict[str, Any], data: Path, *, resumed: b
     if checkpoint is None and config["from"] is not None:
         first = (continued or Continued.load(Path(config["from"]))).state(model, artifacts)
     model.to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config["precision"] == "bf16"):
+        config["kernels_resolved"] = model.operations()
     directory.mkdir(parents=True, exist_ok=True)
     write_config(directory, config)
     artifacts.save(directory)

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from ..attention import field_attention, field_attention_packed
+from ..attention.operator import supports as attention_supports
 from ..backend import CHOICES, BackendUnavailable, resolve
 from ..checks import product_dtype
 from ..ffn import ffn
+from ..ffn.operator import supports as ffn_supports
 from ..ffn.reference import ACTIVATIONS, GATED, activate
 from ..fusion import like_input, replaced_method
 from ..philox import as_seed, check_dropout
@@ -86,7 +88,8 @@ class TransformerLayer(nn.Module):
         if num_heads < 1 or head_dim < 1:
             raise ValueError(f"num_heads={num_heads} of head_dim={head_dim}; at least 1 is needed")
         if not out_projection and width != dim:
-            raise ValueError(f"out_projection=False: {num_heads} heads of {head_dim} have {width} columns, not dim={dim}")
+            raise ValueError(f"out_projection=False: {num_heads} heads of {head_dim} have {width} columns, not "
+                             f"dim={dim}")
         if not attention_norm and norm != "pre":
             raise ValueError(f"attention_norm=False: norm={norm!r} has a norm after its attention")
         if kernels not in CHOICES:
@@ -178,6 +181,24 @@ class TransformerLayer(nn.Module):
         backend = resolve(self.kernels, x.device, "field_attention", product_dtype(x))
         reasons = zip(("attention", "ffn"), self._calls(backend, x), strict=True)
         return {half: Half(backend, reason) for half, reason in reasons}
+
+    def operations(self, fields: int) -> dict[str, str]:
+        """The backend of each operation on rows of `fields` tokens; "eager" where it is composed of PyTorch's own."""
+        attention, feed_forward = (self.backends(fields)[half] for half in ("attention", "ffn"))
+        x = torch.empty(0, fields, self.dim, dtype=self.qkv.weight.dtype, device=self.qkv.weight.device)
+        found = {"attention_block": attention.backend, "ffn": feed_forward.backend}
+        if attention.composed is not None:
+            width = self.qkv.weight.shape[0] // 3
+            found["attention_block"] = "eager"
+            found["field_attention"] = resolve(
+                self.kernels, x.device, "field_attention", product_dtype(x),
+                lambda of: attention_supports(of, self.queries or fields, fields, width, self.num_heads))
+        if feed_forward.composed is not None:
+            backend = resolve(self.kernels, x.device, "ffn", product_dtype(x),
+                              lambda of: ffn_supports(of, *self.ffn_out.weight.shape, self.activation))
+            plain = backend != "eager" and why_ffn_is_not_fused(self, x, backend, Norm()) is None
+            found["ffn"] = backend if plain else "eager"
+        return found
 
     def extra_repr(self) -> str:
         settings = [f"num_heads={self.num_heads}", f"norm={self.norm!r}", f"activation={self.activation!r}"]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from .checks import check_gradient, check_options, choose_backend
-from .native import update_native
+from .operator import update as update_rows
 from .plan import take_plan
 from .reference import update_reference
 from .rule import Rule
@@ -175,13 +175,11 @@ class SparseRowOptimizer(torch.optim.Optimizer):
             state["step"] += 1
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         rule = Rule(self.rule, group["lr"], group["weight_decay"], group.get("eps", 0.0), beta1, beta2)
-        if update.backend == "triton":
-            from .triton import update_triton
-
-            update_triton(table, ids, rows, rule, row_state(state), take_plan(table, ids))
-        else:
-            update_rows = update_native if update.backend == "native" else update_reference
-            update_rows(table, ids, rows, rule, row_state(state))
+        if update.backend == "eager":
+            update_reference(table, ids, rows, rule, row_state(state))
+            return
+        plan = take_plan(table, ids) if update.backend == "triton" else None
+        update_rows(table, ids, rows, rule, row_state(state), plan)
 
 
 _DECAY_KINDS = ("decoupled_weight_decay", "lr_decay")  # options of torch's Adam and Adagrad, and of none here

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..backend import CHOICES, inside_torch_func, resolve
 from ..library import NATIVE_ABSENT
-from .native import first_bad_id_native, lookup_native, use_huge_pages_native
+from .operator import first_bad_id_native, lookup_in_graph, lookup_native, use_huge_pages_native
 from .plan import Plan, row_gradient, start_plan
 
 
@@ -131,13 +131,24 @@ class EmbeddingTable(nn.Module):
             raise TypeError(f"ids have dtype {ids.dtype}; int32 or int64 is needed")
         if inside_export():  # a graph for inference, which needs no sparse gradient
             return F.embedding(ids, self.weight).to(self.lookup_dtype)
+        if torch.compiler.is_compiling() and self.lookup_dtype == self.weight.dtype:
+            self.backend()  # raises where the chosen one cannot run
+            return lookup_in_graph(self.weight, ids, self.lookup_dtype)
         return self._lookup(ids)
 
-    @torch.compiler.disable  # a compiled graph cannot hold the sparse gradient: torch.compile leaves the table out
-    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+    def backend(self) -> str:
+        """What looks up and updates rows; raises as `resolve` where the chosen backend cannot."""
         weight = self.weight
-        backend = resolve(self.kernels, weight.device, "sparse_update", weight.dtype,
-                          lambda of: native_refusal(weight) if of == "native" else None)
+        return resolve(self.kernels, weight.device, "sparse_update", weight.dtype,
+                       lambda of: native_refusal(weight) if of == "native" else None)
+
+    def operations(self, _: int) -> dict[str, str]:
+        """The backend of lookups and updates."""
+        return {"sparse_update": self.backend()}
+
+    @torch.compiler.disable  # a compiled graph cannot hold a gradient of another dtype than the table's
+    def _lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        weight, backend = self.weight, self.backend()
         if ids.device.type == "cpu" and backend != "native":
             check_ids(ids, len(weight))
         return lookup(weight, ids, self.lookup_dtype, backend)

@@ -49,8 +49,8 @@ import triton
 from ..library import last_dim_contiguous
 from ..triton_autotune import launch_choice, table_choice
 from ..triton_support import CAPABILITIES, Spec, architecture, capability
-from .plan import Plan, sort_ids
-from .rule import RowState, Rule, mark_written
+from .plan import sort_ids
+from .rule import RULES, Rule
 from .triton_kernels import chunk_kernel, close_kernel
 
 CLOSE_WARPS = 4
@@ -121,28 +121,22 @@ def refusal(weight: torch.Tensor) -> str | None:
     return None
 
 
-def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, rule: Rule, state: RowState,
-                  plan: Plan | None = None) -> None:
-    """`update_reference`, in place; ids outside the table, which the lookup has refused, are left out.
-
-    The plan, if any, is of these ids. A learning rate on the table's device is read there.
-    """
+def update(weight: torch.Tensor, first: torch.Tensor | None, second: torch.Tensor | None, last: torch.Tensor | None,
+           ids: torch.Tensor, rows: torch.Tensor, sorted_ids: torch.Tensor | None, order: torch.Tensor | None,
+           rule: int, lr: float, lr_on_device: torch.Tensor | None, weight_decay: float, eps: float, beta1: float,
+           beta2: float, step: torch.Tensor | None, seed: torch.Tensor | None) -> None:
+    """ctr::sparse_update; ids outside the table, which the lookup has refused, are left out."""
     num_rows, dim = weight.shape
     if (reason := refusal(weight)) is not None:
         raise ValueError(reason)
-    tables = (weight, state.first if rule.name != "sgd" else None,
-              state.second if rule.name == "lazy-adam" else None, state.last)
-    mark_written(*tables)
+    tables, chosen = (weight, first, second, last), Rule(RULES[rule], lr, weight_decay, eps, beta1, beta2)
     if ids.numel() == 0:
         return
-    on_device = isinstance(rule.lr, torch.Tensor) and rule.lr.device == weight.device
-    lr = rule.lr if on_device else float(rule.lr)  # a tensor that is elsewhere is on the host: nothing waits
-    if plan is None:  # ids that no lookup has seen: one of 2^32 would else be 0 in int32
+    if sorted_ids is None or order is None:  # of ids that no lookup has seen: one of 2^32 would else be 0 in int32
         sorted_ids, order = sort_ids(ids.long().clamp(-1, num_rows), num_rows)
-    else:
-        sorted_ids, order = plan.sorted_ids, plan.order
-    scalars = (lr, state.step, state.seed, float(rule.weight_decay), float(rule.eps))
-    rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(rule)}
+    on_device = lr_on_device is not None
+    scalars = (lr_on_device if on_device else lr, step, seed, weight_decay, eps)
+    rows, constants = last_dim_contiguous(rows), {"LR_IS_TENSOR": on_device, **_constants(chosen)}
     copies: list[torch.Tensor | None] = []
 
     def rehearse(launch: Launch) -> None:
@@ -150,7 +144,7 @@ def update_triton(weight: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor, r
             copies.extend(None if table is None else table.clone() for table in tables)
         _run(launch, copies, sorted_ids, order, rows, scalars, constants)
 
-    key = _key(rule.name, dim, weight.dtype, state.last is not None, capability(weight.device))
+    key = _key(chosen.name, dim, weight.dtype, last is not None, capability(weight.device))
     launch = launch_choice(key, _default(key), _candidates(key[2]), rehearse)
     _run(launch, tables, sorted_ids, order, rows, scalars, constants)
 

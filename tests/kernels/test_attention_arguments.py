@@ -10,8 +10,8 @@ from torch import nn
 
 from ctr_kernels import TransformerLayer, field_attention
 from ctr_kernels.attention import field_attention_packed
+from ctr_kernels.attention.operator import supports
 from ctr_kernels.attention.reference import field_attention_reference
-from ctr_kernels.checks import attention_limits
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -61,10 +61,11 @@ def test_scales_that_are_no_number_are_named(kernels: str) -> None:
 
 @pytest.mark.parametrize(("fields", "dim", "heads", "reason"), [
     (5, 64, 0, "D=64 is not divisible into num_heads=0"), (5, 64, -4, "not divisible into num_heads=-4"),
-    (5, 80, 9, "D=80 is not divisible into num_heads=9"), (0, 64, 4, "F=0 fields; 1 to 64"),
-    (65, 64, 4, "F=65 fields; 1 to 64")])
+    (5, 80, 9, "D=80 is not divisible into num_heads=9"), (0, 64, 4, "F=0 fields; F from 1 to 128"),
+    (129, 64, 4, "F=129 fields; F from 1 to 128")])
 def test_limits_know_what_no_kernel_divides(fields: int, dim: int, heads: int, reason: str) -> None:
-    assert reason in (attention_limits(fields, dim, heads) or "")
+    for kernels in ("native", "triton"):
+        assert reason in (supports(kernels, fields, fields, dim, heads) or "")
 
 
 @pytest.mark.parametrize("kernels", ["auto", "eager"])

@@ -1,8 +1,10 @@
 """The public functions: which backend runs, and one clear error for every wrong argument."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,8 +111,8 @@ def test_triton_on_a_cpu_is_a_clear_error() -> None:
         field_attention(*[x(1, 2, 8)] * 3, num_heads=1, kernels="triton")
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+def python(code: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd,
                           env={**os.environ, **environment}, timeout=60)
 
 
@@ -144,6 +146,26 @@ ctr_kernels.TransformerLayer(32, 2, 64, kernels="native")(torch.randn(1, 2, 32))
     assert "the extension is not built" in done.stdout
     assert "id 10 at position [0, 1] is outside the table of 10 rows" in done.stdout
     assert "BackendUnavailable: kernels='native' cannot run: the extension is not built" in done.stderr
+
+
+@needs_native
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
+    """Schemas and their version are compared before anything of the library runs."""
+    package = Path(ctr_kernels.__file__).parent
+    shutil.copytree(package, tmp_path / "ctr_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    operators = tmp_path / "ctr_kernels" / "operators.inc"
+    code = """
+import ctr_kernels, torch
+print(ctr_kernels.backends()["native"])
+q = torch.randn(2, 5, 16)
+print(ctr_kernels.field_attention(q, q, q, num_heads=2).shape)
+ctr_kernels.field_attention(q, q, q, num_heads=2, kernels="native")
+"""
+    operators.write_text(operators.read_text().replace("int num_heads", "int heads"))
+    done = python(code, tmp_path)  # the folder it runs in is where packages are found first
+    reason = "was built from another version of the sources than these Python files; run `pip install"
+    assert reason in done.stdout and "torch.Size([2, 5, 16])" in done.stdout
+    assert "BackendUnavailable: kernels='native' cannot run: _native" in done.stderr and reason in done.stderr
 
 
 def test_tables_and_optimizers_refuse() -> None:

@@ -12,13 +12,12 @@ from parity import cross_inputs
 from ctr_kernels import BackendUnavailable, TransformerLayer, backend, backends, ffn, field_attention, low_rank_cross
 from ctr_kernels.attention import field_attention_packed
 from ctr_kernels.backend import resolve
-from ctr_kernels.cross import cross_limits
-from ctr_kernels.ffn import ffn_limits
+from ctr_kernels.cross.operator import supports as cross_supports
+from ctr_kernels.ffn.operator import supports as ffn_supports
 from ctr_kernels.library import NATIVE_ABSENT
-from ctr_kernels.tokenizer import token_limits
+from ctr_kernels.tokenizer.operator import supports as token_supports
 
 CUDA = torch.device("cuda", 0)
-OPERATIONS = ("field_attention", "ffn", "field_tokens", "low_rank_cross", "sparse_update")
 needs_native = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=f"native: {NATIVE_ABSENT}")
 
 
@@ -51,17 +50,13 @@ def layer(fields: int, dim: int, heads: int, hidden: int) -> Callable[[str], tor
     return run
 
 
+FIELDS = "129 queries of F=129 fields; F from 1 to 128 is supported"
 CALLS = {
-    "65 fields": (attention(65, 64, 4), "F=65 fields; 1 to 64 are supported"),
-    "65 fields, packed": (packed(65, 64, 4), "F=65 fields; 1 to 64 are supported"),
-    "heads of 24": (attention(5, 48, 2), "D / num_heads = 24; supported are 8, 16, 32, 64"),
-    "heads of 1": (packed(5, 3, 3), "D / num_heads = 1; supported are 8, 16, 32, 64"),
-    "a head of 128": (attention(5, 128, 1), "D / num_heads = 128; supported are 8, 16, 32, 64"),
-    "hidden of 12": (feed_forward(8, 12), "hidden=12; a positive multiple of 8 is needed"),
-    "hidden of 1": (feed_forward(8, 1), "hidden=1; a positive multiple of 8 is needed"),
-    "a layer of 65 fields": (layer(65, 64, 4, 128), "F=65 fields; 1 to 64 are supported"),
-    "a layer with heads of 24": (layer(5, 48, 2, 96), "D / num_heads = 24; supported are 8, 16, 32, 64"),
-    "a layer with 12 hidden units": (layer(5, 64, 4, 12), "hidden=12; a positive multiple of 8 is needed"),
+    "129 fields": (attention(129, 64, 4), FIELDS),
+    "129 fields, packed": (packed(129, 64, 4), FIELDS),
+    "heads of 129": (packed(5, 258, 2), "D / num_heads = 129; 1 to 128 are supported"),
+    "a layer of 129 fields": (layer(129, 64, 4, 128), FIELDS),
+    "a layer with heads of 130": (layer(5, 260, 2, 96), "D / num_heads = 130; 1 to 128 are supported"),
 }
 
 
@@ -89,21 +84,21 @@ def test_what_nothing_computes_is_refused() -> None:
 
 @needs_native
 def test_the_half_that_fits_stays_fused() -> None:
-    wide = TransformerLayer(64, 4, 12)
-    assert "attention: fused (native)" in repr(wide) and "FFN: children are called: hidden=12" in repr(wide)
-    heads = TransformerLayer(96, 4, 64)
-    assert "attention: children are called: D / num_heads = 24" in repr(heads) and "FFN: fused (native)" in repr(heads)
+    heads = TransformerLayer(260, 2, 64)
+    assert "attention: children are called: D / num_heads = 130" in repr(heads) and "FFN: fused (native)" in repr(heads)
+    assert heads.operations(5) == {"attention_block": "eager", "field_attention": "eager", "ffn": "native"}
 
 
 def test_limits_of_triton() -> None:
-    assert ffn_limits("triton", 128, 512) is None and cross_limits("triton", 429, 64) is None
-    assert ffn_limits("triton", 256, 512) == "D=256; kernels='triton' takes up to 128"
-    assert ffn_limits("native", 256, 512) is None
-    assert ffn_limits("triton", 8, 2**21 + 8) == "hidden=2097160; kernels='triton' takes up to 2097152"
-    assert cross_limits("triton", 429, 65) == "R=65; kernels='triton' takes up to 64"
-    assert cross_limits("native", 429, 65) is None
-    assert cross_limits("triton", 2**24, 64) == f"R W = {2**30}; kernels='triton' takes up to {2**29}"
-    assert token_limits(64, 2) is None and "D=9000 with 0 statistics" in (token_limits(9000, 0) or "")
+    assert cross_supports("triton", 429, 64) is None and cross_supports("native", 429, 65) is None
+    assert cross_supports("triton", 429, 65) == "R=65; kernels='triton' takes up to 64"
+    assert cross_supports("triton", 2**24, 64) == f"R W = {2**30}; kernels='triton' takes up to {2**29}"
+    assert token_supports("triton", 64, 2) is None
+    assert "D=9000 with 0 statistics" in (token_supports("triton", 9000, 0) or "")
+    assert ffn_supports("triton", 64, 2**21, "gelu") is None
+    assert ffn_supports("triton", 64, 2**21 + 8, "gelu") == "hidden=2097160; kernels='triton' takes up to 2097152"
+    assert ffn_supports("triton", 64, 256, "relu", "normed") == "norm='normed' has no kernels"
+    assert ffn_supports("native", 64, 256, "relu", "post") == "norm='post' has no kernels"
 
 
 @pytest.fixture
@@ -138,7 +133,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_a_gpu_that_triton_does_not_serve_is_eager(device: Callable[..., None], options: dict, reason: str) -> None:
     device(**options)
     assert backends()["triton"] == (None, reason, ())
-    for operation in OPERATIONS:
+    for operation in backend.OPERATIONS:
         assert resolve("auto", CUDA, operation) == "eager"
         with pytest.raises(BackendUnavailable, match=re.escape(f"kernels='triton' cannot run: {reason}")):
             resolve("triton", CUDA, operation)
@@ -147,12 +142,12 @@ def test_a_gpu_that_triton_does_not_serve_is_eager(device: Callable[..., None], 
 def test_a_gpu_that_triton_serves(device: Callable[..., None]) -> None:
     device((8, 0))
     assert backends()["triton"].level == "sm_80"
-    for operation in OPERATIONS:
+    for operation in backend.OPERATIONS:
         assert resolve("auto", CUDA, operation) == "triton"
-    assert resolve("auto", CUDA, "ffn", torch.float32, lambda of: ffn_limits(of, 256, 512)) == "eager"
+    assert resolve("auto", CUDA, "ffn", torch.float32, lambda of: "too wide") == "eager"
     assert resolve("auto", CUDA, "ffn", torch.float64) == "eager"
-    with pytest.raises(ValueError, match="ffn with kernels='triton': D=256; kernels='triton' takes up to 128"):
-        resolve("triton", CUDA, "ffn", torch.float32, lambda of: ffn_limits(of, 256, 512))
+    with pytest.raises(ValueError, match="ffn with kernels='triton': too wide. kernels='eager' takes any"):
+        resolve("triton", CUDA, "ffn", torch.float32, lambda of: "too wide")
     with pytest.raises(BackendUnavailable, match="cannot run: it runs on CUDA tensors, these are on cpu"):
         resolve("triton", torch.device("cpu"), "ffn")
 

@@ -73,11 +73,13 @@ def test_opcheck_of_lookup_and_updates() -> None:
     table, ids, rows = torch.randn(10, 4), torch.tensor([1, 2, 1]), torch.randn(3, 4)
     opcheck(OPS.embedding_lookup, (table, ids, False))
     opcheck(OPS.embedding_lookup, (table.bfloat16(), ids, True))
-    hyperparameters = (0.1, 0.01, 1e-8, 0.9, 0.999, 1, 5)
-    opcheck(OPS.sparse_update, (table, None, None, torch.zeros(10, dtype=torch.int32), ids, rows, 0, *hyperparameters))
-    opcheck(OPS.sparse_update, (table, torch.zeros(10), None, None, ids, rows, 1, *hyperparameters))
+    def settings(rule: int) -> tuple[object, ...]:
+        return (None, None, rule, 0.1, None, 0.01, 1e-8, 0.9, 0.999, torch.tensor(1), torch.tensor([5]))
+
+    opcheck(OPS.sparse_update, (table, None, None, torch.zeros(10, dtype=torch.int32), ids, rows, *settings(0)))
+    opcheck(OPS.sparse_update, (table, torch.zeros(10), None, None, ids, rows, *settings(1)))
     moments = (torch.zeros(10, 4).bfloat16(), torch.zeros(10, 4).bfloat16())
-    opcheck(OPS.sparse_update, (table.bfloat16(), *moments, None, ids, rows, 3, *hyperparameters))
+    opcheck(OPS.sparse_update, (table.bfloat16(), *moments, None, ids, rows, *settings(3)))
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

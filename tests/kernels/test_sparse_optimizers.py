@@ -267,9 +267,11 @@ def test_a_model_may_change_its_dtype_between_steps(name: str, kernels: str) -> 
 def test_the_operator_tells_autograd_what_it_writes_whoever_calls_it() -> None:
     weight, first, second = (torch.zeros(4, 2) for _ in range(3))
     last, ids, rows = torch.zeros(4, dtype=torch.int32), torch.tensor([1]), torch.ones(1, 2)
-    torch.ops.ctr.sparse_update(weight, first, second, last, ids, rows, 3, 0.1, 0.1, 1e-8, 0.9, 0.999, 1, 0)
+    torch.ops.ctr.sparse_update(weight, first, second, last, ids, rows, None, None, 3, 0.1, None, 0.1, 1e-8, 0.9, 0.999,
+                                torch.tensor(1), None)
     assert [t._version for t in (weight, first, second, last, ids, rows)] == [1, 1, 1, 1, 0, 0]
-    torch.ops.ctr.sparse_update(weight, None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
+    plain = (ids, rows, None, None, 0, 0.1, None, 0.0, 1e-8, 0.9, 0.999, None, None)
+    torch.ops.ctr.sparse_update(weight, None, None, None, *plain)
     assert weight._version == 2 and first._version == 1
     with torch.inference_mode():
-        torch.ops.ctr.sparse_update(weight.clone(), None, None, None, ids, rows, 0, 0.1, 0.0, 1e-8, 0.9, 0.999, 0, 0)
+        torch.ops.ctr.sparse_update(weight.clone(), None, None, None, *plain)

@@ -16,6 +16,7 @@ from triton_traffic import counting
 
 from ctr_kernels import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from ctr_kernels.sparse_update import plan
+from ctr_kernels.sparse_update.operator import update as update_rows
 from ctr_kernels.sparse_update.reference import update_reference
 from ctr_kernels.sparse_update.rule import RowState, Rule
 
@@ -53,7 +54,7 @@ def tensors_of(state: RowState) -> list[torch.Tensor]:
 def update(name: str, weight: torch.Tensor, state: RowState, ids: torch.Tensor, rows: torch.Tensor,
            lr: float | torch.Tensor = 0.5, triton: bool = False) -> None:
     """A step of a rule, in place."""
-    (kernels.update_triton if triton else update_reference)(weight, ids, rows, Rule(name, lr), state)
+    (update_rows if triton else update_reference)(weight, ids, rows, Rule(name, lr), state)
 
 
 @interpreted

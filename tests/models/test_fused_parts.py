@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from ctr_kernels import BackendUnavailable, EmbeddingTable, field_tokens
+from ctr_kernels import BackendUnavailable, EmbeddingTable, backends, field_tokens
 from ctr_kernels.library import NATIVE_ABSENT
 from ctr_models import AutoInt, DCNv2, FTTransformer
 from ctr_models import tokenizer as tokenizer_module
@@ -160,10 +160,23 @@ def test_unchanged_parts_are_fused_and_a_printed_tokenizer_says_so(make_batch, m
 
 
 @pytest.mark.parametrize(("model_class", "settings"), [
-    (FTTransformer, {"num_dense": 39, "numeric": "affine"}), (AutoInt, {"num_dense": 39, "numeric": "affine"}),
+    (FTTransformer, {"num_dense": 39, "numeric": "affine"}), (AutoInt, {"num_dense": 102, "numeric": "affine"}),
     (FTTransformer, {"dim": 48, "num_heads": 2}), (AutoInt, {"dim": 10, "num_heads": 5}),
     (FTTransformer, {"variant": "paper", "num_dense": 50}), (AutoInt, {"variant": "paper", "attention_dim": 24})])
-def test_models_of_any_size_run_and_a_chosen_backend_says_why_not(make_batch, model_class, settings):
+def test_models_of_any_size_compute_what_eager_does(make_batch, model_class, settings):
+    batch = make_batch(2, num_dense=settings.get("num_dense", 13))
+    outs = []
+    for kernels in ("auto", "native", "eager") if backends()["native"].level else ("auto", "eager"):
+        torch.manual_seed(0)
+        outs.append(model_class(num_embeddings=1000, kernels=kernels, **settings).eval()(*batch))
+    for out in outs[:-1]:
+        torch.testing.assert_close(out, outs[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_class", "settings", "reason"), [
+    (FTTransformer, {"num_dense": 103, "numeric": "affine"}, "F=130 fields; F from 1 to 128"),
+    (AutoInt, {"dim": 260, "num_heads": 2}, "D / num_heads = 130; 1 to 128")])
+def test_models_of_any_size_run_and_a_chosen_backend_says_why_not(make_batch, model_class, settings, reason):
     batch = make_batch(2, num_dense=settings.get("num_dense", 13))
     outs = []
     for kernels in ("auto", "eager"):
@@ -171,19 +184,19 @@ def test_models_of_any_size_run_and_a_chosen_backend_says_why_not(make_batch, mo
         outs.append(model_class(num_embeddings=1000, kernels=kernels, **settings).eval()(*batch))
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
     for kernels in ("native", "triton"):
-        with pytest.raises(ValueError, match=rf"tokens of width \d+ with kernels='{kernels}': .*'eager' take any"):
+        with pytest.raises(ValueError, match=rf"with kernels='{kernels}': .*{reason}.*'eager' take any"):
             model_class(num_embeddings=1000, kernels=kernels, **settings)
 
 
-def test_65_tokens_are_told_of_the_mean():
-    settings = {"num_embeddings": 1000, "num_dense": 38, "numeric": "affine", "kernels": "native"}
-    with pytest.raises(ValueError, match="F=65 fields; .* and pooling='mean' has a token less"):
+def test_129_tokens_are_told_of_the_mean():
+    settings = {"num_embeddings": 1000, "num_dense": 102, "numeric": "affine", "kernels": "native"}
+    with pytest.raises(ValueError, match="F=129 fields; .* and pooling='mean' has a token less"):
         FTTransformer(**settings)
     FTTransformer(**settings, pooling="mean")
     with pytest.raises(ValueError, match="take any$"):  # CLS is what the paper's variant reads
         FTTransformer(**settings, variant="paper")
-    with pytest.raises(ValueError, match="F=66 fields; .* take any$"):  # 65 would not fit either
-        FTTransformer(**{**settings, "num_dense": 39})
+    with pytest.raises(ValueError, match="F=130 fields; .* take any$"):  # 129 would not fit either
+        FTTransformer(**{**settings, "num_dense": 103})
 
 
 def test_logits_are_not_scaled_in_a_layer_that_would_lose_it():

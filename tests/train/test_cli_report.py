@@ -80,7 +80,7 @@ def test_runs_are_sorted_by_gold_logloss_and_unfinished_ones_come_last(report, t
     rows = table(out)
     assert [row["run"] for row in rows] == ["best", "slow", "going", "new"]
     assert rows[0] == {"run": "best", "model": "autoint", "variant": "study", "recipe": "default",
-                       "kernels": "eager, native", "rows trained": "10,000", "rows/s": "2,346",
+                       "kernels": "native (sparse_update: eager)", "rows trained": "10,000", "rows/s": "2,346",
                        "gold logloss": "0.4611", "AUC": rows[0]["AUC"], "NE": rows[0]["NE"],
                        "calibration": rows[0]["calibration"], "best possible": "0.4400"}
     gold = json.loads((tmp_path / "best" / "gold.json").read_text())

@@ -62,7 +62,8 @@ def test_a_run_leaves_its_settings_log_checkpoints_and_result(finished, prepared
     assert config["data"] == str(prepared) and config["device"] == "cpu"
     native = backends()["native"]
     row_backend = "native" if native.level and "sparse_update" in native.operations else "eager"
-    assert config["kernels"] == "auto" and config["kernels_resolved"] == {"sparse_update": row_backend}
+    assert config["kernels"] == "auto" and config["kernels_resolved"] == {
+        "field_tokens": "eager", "low_rank_cross": row_backend, "sparse_update": row_backend}
     assert config["versions"]["torch"] == torch.__version__
     assert Artifacts.load(directory).to_dict() == Artifacts.load(prepared).to_dict()
     watching = round(0.05 * artifacts.counts["train"])
