@@ -88,11 +88,13 @@ inline Vec hidden_of(const float* row, int64_t at) {
 template <Activation kActivation>
 void activate_slice(float* made, Dropping* dropping, const SliceDropout& at, int64_t rows) {
   constexpr int64_t width = slice_width(kActivation);
+  if (dropping == nullptr) {
+    constexpr int64_t span = is_gated(kActivation) ? kSlice : kFfnTile * kSlice;  // without a gate the tile has no gaps
+    for (int64_t r = 0; r < rows; r += span / kSlice, made += width)
+      for (int64_t c = 0; c < span && c < (rows - r) * kSlice; c += W) store(made + c, hidden_of<kActivation>(made, c));
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r, made += width) {
-    if (dropping == nullptr) {
-      for (int64_t c = 0; c < kSlice; c += W) store(made + c, hidden_of<kActivation>(made, c));
-      continue;
-    }
     Vec multipliers[kSlice / W];
     slice_multipliers(*dropping, at.first + r * at.stride, multipliers);
     for (int v = 0; v < kSlice / W; ++v) store(made + v * W, hidden_of<kActivation>(made, v * W) * multipliers[v]);

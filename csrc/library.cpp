@@ -69,6 +69,8 @@ STABLE_TORCH_LIBRARY(ctr, m) {
 STABLE_TORCH_LIBRARY_IMPL(ctr, CompositeExplicitAutograd, m) {
   m.impl("select_simd", TORCH_BOX(&ctr::select_simd));
   m.impl("keep_outputs", TORCH_BOX(&ctr::keep_outputs));
+  m.impl("empty_output_cache", TORCH_BOX(&ctr::empty_output_cache));
+  m.impl("output_cache_stats", TORCH_BOX(&ctr::output_cache_stats));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ctr, CPU, m) {

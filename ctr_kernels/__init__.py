@@ -9,7 +9,7 @@ from .backend import Backend, BackendUnavailable, backends
 from .cross import low_rank_cross
 from .ffn import ffn
 from .layer import TransformerLayer
-from .output_cache import set_output_cache
+from .output_cache import empty_output_cache, output_cache_stats, set_output_cache
 from .sparse_update import EmbeddingTable, SparseAdagrad, SparseLazyAdam, SparseRowwiseAdagrad, SparseSGD
 from .tokenizer import field_tokens
 
@@ -23,9 +23,11 @@ __all__ = [
     "SparseSGD",
     "TransformerLayer",
     "backends",
+    "empty_output_cache",
     "ffn",
     "field_attention",
     "field_tokens",
     "low_rank_cross",
+    "output_cache_stats",
     "set_output_cache",
 ]

