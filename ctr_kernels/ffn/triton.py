@@ -181,5 +181,5 @@ def _specs(key: Key, dim: int) -> list[Spec]:
         label += f" {dtype if half else key.arithmetic} D {dim}{' reglu' if gated else ''}"
         label += f" {list(NORMS)[norm]}-norm" if norm else ""
         specs.append(Spec(kernel, signature, own, tile.warps, label, (key.architecture,), tensor_cores=True,
-                          tuned=width == 64 and not gated and key.arithmetic != "tf32", spills=32 if gated else 0))
+                          tuned=width == 64 and not gated and key.arithmetic != "tf32", spills=48 if gated else 0))
     return specs
