@@ -85,6 +85,20 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int
 }
 
 // s.p and s.inverse of a block of queries as softmax_columns leaves them; s.mask where dropping.
+// map [key, query] = rows [key, depth] times transposed [depth, query]. Of a few queries, sums over wide heads are taken in
+// parts: matrix libraries add them up in vectors there, and one long chain would err several times as much.
+template <int64_t kPitch>
+inline void score_products(int64_t keys, int64_t queries, int64_t depth, const View& rows, const float* transposed,
+                           float* map) {
+  constexpr int64_t kPart = 16, kWide = 64;
+  const int64_t columns = (queries + W - 1) / W * W;
+  const int64_t first = depth <= kWide || queries > 16 ? depth : kPart;
+  gemm<Layout::rows>(keys, columns, first, rows.data, rows.stride, transposed, Constant<kPitch>{}, Store{map, kPitch});
+  for (int64_t at = first; at < depth; at += kPart)
+    gemm<Layout::rows>(keys, columns, depth - at < kPart ? depth - at : kPart, rows.data + at, rows.stride,
+                       transposed + at * kPitch, Constant<kPitch>{}, Add{map, kPitch});
+}
+
 template <int64_t kPitch, bool kMasked>
 inline void probabilities(const AttentionArgs& args, const View& q, const View& k, int64_t width, const Block& block,
                           int64_t sample, int64_t head, AttentionScratch<kPitch>& s, Dropping& dropping) {
@@ -92,8 +106,7 @@ inline void probabilities(const AttentionArgs& args, const View& q, const View& 
   transpose_block(q.data + block.first * q.stride, q.stride, queries, width, s.transposed, kPitch);
   if (args.scale < 0.0f)  // the maximum is that of the scaled logits
     for (int64_t i = 0; i < width * kPitch; i += W) store(s.transposed + i, -load(s.transposed + i));
-  gemm<Layout::rows>(keys, (queries + W - 1) / W * W, args.head_dim, k.data, k.stride, s.transposed, Constant<kPitch>{},
-                     Store{s.p, kPitch});
+  score_products<kPitch>(keys, queries, args.head_dim, k, s.transposed, s.p);
   if (args.dropout.threshold != 0) {
     const int64_t groups = (keys + 31) / 32;
     const int64_t row = ((args.first_sample + sample) * args.heads + head) * args.queries + block.first;
@@ -132,8 +145,7 @@ inline void differentiate_block(const AttentionArgs& args, const View& q, const 
                                 AttentionScratch<kPitch>& s, Dropping& dropping) {
   probabilities<kPitch, false>(args, q, k, width, block, sample, head, s, dropping);
   transpose_block(go.data + block.first * go.stride, go.stride, block.count, width, s.transposed, kPitch);
-  gemm<Layout::rows>(args.keys, (block.count + W - 1) / W * W, args.head_dim, v.data, v.stride, s.transposed,
-                     Constant<kPitch>{}, Store{s.dp, kPitch});
+  score_products<kPitch>(args.keys, block.count, args.head_dim, v, s.transposed, s.dp);
   const auto gradient = block.count > W ? score_gradient<kPitch, kDropout> : score_gradient<kPitch, kDropout, 1>;
   gradient(s.p, s.dp, s.mask, block.count, args.keys, args.scale, s.inverse);
 }

@@ -34,7 +34,8 @@ def with_gradients(function: Callable[..., torch.Tensor], inputs: Tensors, grad_
     inputs = [x.detach().requires_grad_() for x in inputs]
     with nan_memory():
         out = function(*inputs)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))]
+        grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
+        return [out.detach(), *(grad.to_dense() if grad.is_sparse else grad for grad in grads)]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ which is chosen before Triton is imported: one test runs this file in a process 
 
 import importlib.util
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from ctr_kernels import (
     TransformerLayer,
     ffn,
     field_attention,
+    field_tokens,
     low_rank_cross,
 )
 from ctr_kernels.attention.reference import field_attention_reference
@@ -34,6 +36,7 @@ from ctr_kernels.ffn.reference import ffn_reference
 from ctr_kernels.philox import dropout_mask_torch
 from ctr_kernels.sparse_update.reference import update_reference
 from ctr_kernels.sparse_update.rule import RowState, Rule
+from ctr_kernels.tokenizer.reference import History, field_tokens_reference
 
 DTYPES = (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16)  # bf16 is wrong in the interpreter
 native_only = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
@@ -50,7 +53,7 @@ properties = settings(max_examples=4 if INTERPRETED else 40, deadline=None,
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @native_only
 def test_the_triton_kernels_in_the_interpreter() -> None:
-    run_in_the_interpreter(__file__, at_least=71, skipped=11)
+    run_in_the_interpreter(__file__, at_least=100, skipped=12)
 
 
 def check_attention(kernels: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int,
@@ -260,6 +263,34 @@ def test_cross_of_any_strides(fused: str) -> None:
     x0, x = torch.randn(1, 20).expand(6, 20), torch.randn(20, 6).t()
     weights = [torch.randn(20, 4).t(), torch.randn(4, 20).t(), torch.randn(1).expand(20)]
     check(partial(low_rank_cross, kernels=fused), low_rank_cross_reference, [x0, x, *weights], torch.randn(20, 6).t())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="field_tokens has Triton kernels only; the native tokens are composed")
+@pytest.mark.parametrize("numeric", ["token", "affine", "scaled"])
+def test_tokens(fused: str, numeric: str) -> None:
+    """CLS, numbers, rows with dropout, history and field biases; the gradients of all, the table's made dense."""
+    torch.manual_seed(14)
+    (fields, features, dim), ids = (5, 4, 24), torch.randint(30, (6, 5))
+    vectors = (dim, features) if numeric == "token" else (features, dim)
+    bias = (dim,) if numeric == "token" else (features, dim)
+    shapes = [(30, dim), (6, features + 2 * fields), vectors, (dim,), (fields, dim), (2, fields, dim), (fields, dim)]
+    shapes += [] if numeric == "scaled" else [bias]
+    mean, scale = torch.randn(2, 2 * fields)
+
+    def run(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        table, dense, weight, cls, field_bias, *past = tensors
+        history = History(past[0], past[1], mean.to(table.dtype), scale.to(table.dtype))
+        return function(table, ids, dense, weight, past[2] if numeric != "scaled" else None, cls, field_bias, history)
+
+    def triton(*t: Any) -> torch.Tensor:
+        return field_tokens(*t[:-1], numeric=numeric, history=t[-1], dropout_p=0.3, seed=SEED, kernels=fused)
+
+    def reference(*t: Any) -> torch.Tensor:
+        return field_tokens_reference(*t[:-1], numeric, t[-1], 0.3, torch.tensor([SEED]))
+
+    tokens = fields + 1 + (1 if numeric == "token" else features)
+    check(partial(run, triton), partial(run, reference), [torch.randn(shape) for shape in shapes],
+          torch.randn(6, tokens, dim))
 
 
 def id_batches(num_rows: int) -> list[torch.Tensor]:

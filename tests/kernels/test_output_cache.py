@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,8 +189,8 @@ def test_memory_goes_back_on_request() -> None:
 
 
 def test_the_system_may_take_what_is_kept() -> None:
-    modes = "/sys/kernel/mm/transparent_hugepage/enabled"
-    if not os.path.exists(modes) or "[never]" in open(modes).read() or not os.path.exists("/proc/self/smaps_rollup"):
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[never]" in modes.read_text() or not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("no huge pages, or no smaps, here")
 
     def offered() -> int:
