@@ -4,6 +4,7 @@ import functools
 import importlib
 import mmap
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,10 @@ def implement_in_triton(operator: str, module: str, function: str) -> None:
         run: Callable[..., Any] = getattr(importlib.import_module(module, __package__), function)
         return run
 
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-        LIBRARY.impl(operator, lambda *arguments: found()(*arguments), key)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")  # the native one, wanted
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            LIBRARY.impl(operator, lambda *arguments: found()(*arguments), key)
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
