@@ -25,6 +25,9 @@ struct alignas(64) AttentionScratch {
 // More than 64 queries are taken in blocks of that many, so that the maps of a block with all keys stay in the first-level cache.
 constexpr int64_t kForwardBlock = 32, kBackwardBlock = 32;
 
+// Heads narrower than this take the exact gradient of the scores, and sum dk and dv block by block.
+constexpr int64_t kExactHead = 16;
+
 // Consecutive queries of a head: all of them, or a block of whole vectors.
 struct Block {
   int64_t first, count;
@@ -58,8 +61,9 @@ inline void softmax_columns(float* p, const float* mask, int64_t queries, int64_
   }
 }
 
-// p, as softmax_columns leaves it, becomes P * M, and dp dS.
-template <int64_t kPitch, bool kDropout, int N = kAtOnce<kPitch>>
+// p, as softmax_columns leaves it, becomes P * M, and dp dS. kExact: rowsum(P * dP) gains what its rounding left, the rowsum of
+// P * (dP - rowsum): where heads are narrow, the row of dS else sums up to more than the products with it err by.
+template <int64_t kPitch, bool kDropout, bool kExact, int N = kAtOnce<kPitch>>
 void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int64_t keys, float scale,
                     const float* inverse) {
   for (int64_t query = 0; query < queries; query += N * W) {
@@ -75,6 +79,12 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int
         sum[v] += probability * gradient;
         store(p + at + v * W, probability);
       }
+    if constexpr (kExact) {
+      Vec rest[N] = {};
+      for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
+        for (int v = 0; v < N; ++v) rest[v] += load(p + at + v * W) * (load(dp + at + v * W) - sum[v]);
+      for (int v = 0; v < N; ++v) sum[v] += rest[v];
+    }
     for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) {
         const Vec probability = load(p + at + v * W);
@@ -134,7 +144,11 @@ inline void differentiate_block(const AttentionArgs& args, const View& q, const 
   transpose_block(go.data + block.first * go.stride, go.stride, block.count, width, s.transposed, kPitch);
   gemm<Layout::rows>(args.keys, (block.count + W - 1) / W * W, args.head_dim, v.data, v.stride, s.transposed,
                      Constant<kPitch>{}, Store{s.dp, kPitch});
-  const auto gradient = block.count > W ? score_gradient<kPitch, kDropout> : score_gradient<kPitch, kDropout, 1>;
+  const bool exact = args.head_dim < kExactHead;
+  const auto gradient = block.count > W ? (exact ? score_gradient<kPitch, kDropout, true>
+                                                 : score_gradient<kPitch, kDropout, false>)
+                                        : (exact ? score_gradient<kPitch, kDropout, true, 1>
+                                                 : score_gradient<kPitch, kDropout, false, 1>);
   gradient(s.p, s.dp, s.mask, block.count, args.keys, args.scale, s.inverse);
 }
 
@@ -210,6 +224,8 @@ void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
 template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
   if (args.queries == 1) return query_backward_samples<kDropout>(args, first, last);
+  if (args.head_dim < kExactHead && args.queries > kBackwardBlock)
+    return backward_samples<kBackwardBlock, kDropout, true>(args, first, last);
   if (args.queries <= 32) return backward_samples<32, kDropout>(args, first, last);
   if (args.queries <= 48) return backward_samples<48, kDropout>(args, first, last);
   if (args.queries <= 64) return backward_samples<64, kDropout>(args, first, last);

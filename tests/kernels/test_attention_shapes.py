@@ -1,4 +1,4 @@
-"""Native attention of every width and number of tokens and queries, and the half of a layer around it (rule: tests/parity.py)."""
+"""Native attention of every width and number of tokens and queries, and the half of a layer around it (parity.py)."""
 
 import ctypes
 import mmap
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
 HEAD_DIMS = (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 128)
 FIELDS = (1, 2, 24, 27, 40, 64, 65, 100, 128)
 PAGE = mmap.PAGESIZE
+SOFT = 0.3
 
 properties = settings(max_examples=60, deadline=None, derandomize=True,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -143,9 +144,11 @@ def test_the_packed_form_is_the_same(fused: str) -> None:
 
 
 def half_inputs(batch: int, fields: int, dim: int, width: int, norm: str | None) -> Tensors:
-    shapes = [(batch, fields, dim), (3 * width, dim), (3 * width,), (dim, width), (dim,), *[(dim,)] * (2 if norm else 0)]
+    norms = [(dim,)] * (2 if norm else 0)
+    shapes = [(batch, fields, dim), (3 * width, dim), (3 * width,), (dim, width), (dim,), *norms]
     tensors = [torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0) for i, shape in enumerate(shapes)]
-    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]  # of single rows with a sharp softmax errors say little
+    tensors[1][:2 * width] *= SOFT  # of single rows with a sharp softmax errors say little
+    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]
 
 
 def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, dropout_p: float) -> None:
@@ -166,7 +169,7 @@ def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, drop
 @pytest.mark.parametrize("norm", ["pre", None])
 @pytest.mark.parametrize(("batch", "fields", "dim", "heads", "head_dim"), [
     (0, 27, 64, 4, 16), (3, 27, 64, 4, 16), (2, 40, 192, 8, 24), (19, 33, 20, 3, 7), (17, 5, 7, 2, 64),
-    (5, 24, 40, 2, 20), (2, 100, 64, 4, 16), (30, 39, 24, 2, 12), (40, 3, 12, 1, 1)])
+    (5, 24, 40, 2, 20), (8, 100, 64, 4, 16), (30, 39, 24, 2, 12), (40, 3, 12, 1, 1)])
 def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                       queries: int) -> None:
     torch.manual_seed(dim)
@@ -175,8 +178,8 @@ def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int,
 
 
 @properties
-@given(st.sampled_from([0, 8, 16, 17]), st.integers(1, 128), st.integers(16, 100), st.integers(1, 3), st.integers(2, 40),
-       st.sampled_from(["pre", None]), st.integers(0, 4), st.integers(0, 2**32))
+@given(st.sampled_from([0, 8, 16, 17]), st.integers(1, 128), st.integers(16, 100), st.integers(1, 3),
+       st.integers(8, 40), st.sampled_from(["pre", None]), st.integers(0, 4), st.integers(0, 2**32))
 def test_half_of_any_shape(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                            queries: int, seed: int) -> None:
     torch.manual_seed(seed)
