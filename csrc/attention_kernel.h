@@ -25,8 +25,12 @@ struct alignas(64) AttentionScratch {
 // More than 64 queries are taken in blocks of that many, so that the maps of a block with all keys stay in the first-level cache.
 constexpr int64_t kForwardBlock = 32, kBackwardBlock = 32;
 
-// Heads narrower than this take the exact gradient of the scores, and sum dk and dv block by block.
-constexpr int64_t kExactHead = 16;
+// Whether the gradient of the scores is corrected (see score_gradient): where few columns or many keys are summed, PyTorch's
+// own sums err less. It takes a twentieth of a backward pass.
+inline bool exact_gradient(const AttentionArgs& args) { return args.head_dim % 16 != 0 || args.keys > 64; }
+
+// Heads narrower than this sum dk and dv over blocks of queries; those narrower than kNarrowest over short ones.
+constexpr int64_t kNarrow = 16, kNarrowest = 4, kShortBlock = 16;
 
 // Consecutive queries of a head: all of them, or a block of whole vectors.
 struct Block {
@@ -62,7 +66,7 @@ inline void softmax_columns(float* p, const float* mask, int64_t queries, int64_
 }
 
 // p, as softmax_columns leaves it, becomes P * M, and dp dS. kExact: rowsum(P * dP) gains what its rounding left, the rowsum of
-// P * (dP - rowsum): where heads are narrow, the row of dS else sums up to more than the products with it err by.
+// P * (dP - rowsum), without which a row of dS sums up to the rounding of 1 / total instead of 0.
 template <int64_t kPitch, bool kDropout, bool kExact, int N = kAtOnce<kPitch>>
 void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int64_t keys, float scale,
                     const float* inverse) {
@@ -144,7 +148,7 @@ inline void differentiate_block(const AttentionArgs& args, const View& q, const 
   transpose_block(go.data + block.first * go.stride, go.stride, block.count, width, s.transposed, kPitch);
   gemm<Layout::rows>(args.keys, (block.count + W - 1) / W * W, args.head_dim, v.data, v.stride, s.transposed,
                      Constant<kPitch>{}, Store{s.dp, kPitch});
-  const bool exact = args.head_dim < kExactHead;
+  const bool exact = exact_gradient(args);
   const auto gradient = block.count > W ? (exact ? score_gradient<kPitch, kDropout, true>
                                                  : score_gradient<kPitch, kDropout, false>)
                                         : (exact ? score_gradient<kPitch, kDropout, true, 1>
@@ -164,8 +168,9 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   const View dq = output(args, args.dq, sample, head, rows.out());
   const View dk = kBlocks ? View{rows.dk(), width} : output(args, args.dk, sample, head, rows.dk());
   const View dv = kBlocks ? View{rows.dv(), width} : output(args, args.dv, sample, head, rows.dv());
-  for (int64_t first = 0; first < args.queries; first += kPitch) {
-    const Block block = block_at(args, first, kPitch);
+  const int64_t size = kBlocks && args.head_dim < kNarrowest ? kShortBlock : kPitch;
+  for (int64_t first = 0; first < args.queries; first += size) {
+    const Block block = block_at(args, first, size);
     differentiate_block<kPitch, kDropout>(args, q, k, v, go, width, block, sample, head, s, dropping);
     gemm<Layout::transposed>(block.count, width, keys, s.dp, Pitch{}, k.data, k.stride,
                              Store{dq.data + first * dq.stride, dq.stride, args.around});
@@ -224,7 +229,7 @@ void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
 template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
   if (args.queries == 1) return query_backward_samples<kDropout>(args, first, last);
-  if (args.head_dim < kExactHead && args.queries > kBackwardBlock)
+  if (args.head_dim < kNarrow && args.queries > kShortBlock)
     return backward_samples<kBackwardBlock, kDropout, true>(args, first, last);
   if (args.queries <= 32) return backward_samples<32, kDropout>(args, first, last);
   if (args.queries <= 48) return backward_samples<48, kDropout>(args, first, last);

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="for the native kernels")
 HEAD_DIMS = (1, 4, 5, 8, 10, 16, 20, 24, 32, 40, 64, 128)
 FIELDS = (1, 2, 24, 27, 40, 64, 65, 100, 128)
 PAGE = mmap.PAGESIZE
-SOFT = 0.3
 
 properties = settings(max_examples=60, deadline=None, derandomize=True,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -147,8 +146,7 @@ def half_inputs(batch: int, fields: int, dim: int, width: int, norm: str | None)
     norms = [(dim,)] * (2 if norm else 0)
     shapes = [(batch, fields, dim), (3 * width, dim), (3 * width,), (dim, width), (dim,), *norms]
     tensors = [torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0) for i, shape in enumerate(shapes)]
-    tensors[1][:2 * width] *= SOFT  # of single rows with a sharp softmax errors say little
-    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]
+    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]  # trained norms are near 1
 
 
 def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, dropout_p: float) -> None:
@@ -179,7 +177,7 @@ def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int,
 
 @properties
 @given(st.sampled_from([0, 8, 16, 17]), st.integers(1, 128), st.integers(16, 100), st.integers(1, 3),
-       st.integers(8, 40), st.sampled_from(["pre", None]), st.integers(0, 4), st.integers(0, 2**32))
+       st.integers(2, 40), st.sampled_from(["pre", None]), st.integers(0, 4), st.integers(0, 2**32))
 def test_half_of_any_shape(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                            queries: int, seed: int) -> None:
     torch.manual_seed(seed)
