@@ -25,6 +25,13 @@ struct alignas(64) AttentionScratch {
 // More than 64 queries are taken in blocks of that many, so that the maps of a block with all keys stay in the first-level cache.
 constexpr int64_t kForwardBlock = 32, kBackwardBlock = 32;
 
+// Whether the gradient of the scores is corrected (see score_gradient): where few columns or many keys are summed, PyTorch's
+// own sums err less. It takes a twentieth of a backward pass.
+inline bool exact_gradient(const AttentionArgs& args) { return args.head_dim % 16 != 0 || args.keys > 64; }
+
+// Heads narrower than this sum dk and dv over blocks of queries; those narrower than kNarrowest over short ones.
+constexpr int64_t kNarrow = 16, kNarrowest = 4, kShortBlock = 16;
+
 // Consecutive queries of a head: all of them, or a block of whole vectors.
 struct Block {
   int64_t first, count;
@@ -58,8 +65,9 @@ inline void softmax_columns(float* p, const float* mask, int64_t queries, int64_
   }
 }
 
-// p, as softmax_columns leaves it, becomes P * M, and dp dS.
-template <int64_t kPitch, bool kDropout, int N = kAtOnce<kPitch>>
+// p, as softmax_columns leaves it, becomes P * M, and dp dS. kExact: rowsum(P * dP) gains what its rounding left, the rowsum of
+// P * (dP - rowsum), without which a row of dS sums up to the rounding of 1 / total instead of 0.
+template <int64_t kPitch, bool kDropout, bool kExact, int N = kAtOnce<kPitch>>
 void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int64_t keys, float scale,
                     const float* inverse) {
   for (int64_t query = 0; query < queries; query += N * W) {
@@ -75,6 +83,12 @@ void score_gradient(float* p, float* dp, const float* mask, int64_t queries, int
         sum[v] += probability * gradient;
         store(p + at + v * W, probability);
       }
+    if constexpr (kExact) {
+      Vec rest[N] = {};
+      for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
+        for (int v = 0; v < N; ++v) rest[v] += load(p + at + v * W) * (load(dp + at + v * W) - sum[v]);
+      for (int v = 0; v < N; ++v) sum[v] += rest[v];
+    }
     for (int64_t at = query; at < query + keys * kPitch; at += kPitch)
       for (int v = 0; v < N; ++v) {
         const Vec probability = load(p + at + v * W);
@@ -146,7 +160,11 @@ inline void differentiate_block(const AttentionArgs& args, const View& q, const 
   probabilities<kPitch, false>(args, q, k, width, block, sample, head, s, dropping);
   transpose_block(go.data + block.first * go.stride, go.stride, block.count, width, s.transposed, kPitch);
   score_products<kPitch>(args.keys, block.count, args.head_dim, v, s.transposed, s.dp);
-  const auto gradient = block.count > W ? score_gradient<kPitch, kDropout> : score_gradient<kPitch, kDropout, 1>;
+  const bool exact = exact_gradient(args);
+  const auto gradient = block.count > W ? (exact ? score_gradient<kPitch, kDropout, true>
+                                                 : score_gradient<kPitch, kDropout, false>)
+                                        : (exact ? score_gradient<kPitch, kDropout, true, 1>
+                                                 : score_gradient<kPitch, kDropout, false, 1>);
   gradient(s.p, s.dp, s.mask, block.count, args.keys, args.scale, s.inverse);
 }
 
@@ -162,8 +180,9 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   const View dq = output(args, args.dq, sample, head, rows.out());
   const View dk = kBlocks ? View{rows.dk(), width} : output(args, args.dk, sample, head, rows.dk());
   const View dv = kBlocks ? View{rows.dv(), width} : output(args, args.dv, sample, head, rows.dv());
-  for (int64_t first = 0; first < args.queries; first += kPitch) {
-    const Block block = block_at(args, first, kPitch);
+  const int64_t size = kBlocks && args.head_dim < kNarrowest ? kShortBlock : kPitch;
+  for (int64_t first = 0; first < args.queries; first += size) {
+    const Block block = block_at(args, first, size);
     differentiate_block<kPitch, kDropout>(args, q, k, v, go, width, block, sample, head, s, dropping);
     gemm<Layout::transposed>(block.count, width, keys, s.dp, Pitch{}, k.data, k.stride,
                              Store{dq.data + first * dq.stride, dq.stride, args.around});
@@ -222,6 +241,8 @@ void forward_of(const AttentionArgs& args, int64_t first, int64_t last) {
 template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
   if (args.queries == 1) return query_backward_samples<kDropout>(args, first, last);
+  if (args.head_dim < kNarrow && args.queries > kShortBlock)
+    return backward_samples<kBackwardBlock, kDropout, true>(args, first, last);
   if (args.queries <= 32) return backward_samples<32, kDropout>(args, first, last);
   if (args.queries <= 48) return backward_samples<48, kDropout>(args, first, last);
   if (args.queries <= 64) return backward_samples<64, kDropout>(args, first, last);

@@ -115,6 +115,9 @@ inline void query_backward(const AttentionArgs& args, int64_t sample, int64_t he
     store(s.p + key, probability);
   }
   sum = sum_lanes(sum);
+  Vec rest = {};  // what rounding left of the sum: see score_gradient
+  for (int64_t key = 0; key < keys; key += W) rest += load(s.p + key) * (load(s.dp + key) - sum);
+  sum += sum_lanes(rest);
   for (int64_t key = 0; key < keys; key += W) {
     const Vec probability = load(s.p + key);
     store(s.dp + key, probability * (load(s.dp + key) - sum) * args.scale);

@@ -146,7 +146,7 @@ def half_inputs(batch: int, fields: int, dim: int, width: int, norm: str | None)
     shapes = [(batch, fields, dim), (3 * width, dim), (3 * width,), (dim, width), (dim,)]
     shapes += [(dim,), (dim,)] if norm else []
     tensors = [torch.randn(shape) / (shape[-1] ** 0.5 if i in (1, 3) else 1.0) for i, shape in enumerate(shapes)]
-    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]  # of single rows with a sharp softmax errors say little
+    return [*tensors[:5], *(t * 0.2 + 1 for t in tensors[5:])]  # trained norms are near 1
 
 
 def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, dropout_p: float) -> None:
@@ -167,7 +167,7 @@ def check_half(inputs: Tensors, heads: int, norm: str | None, queries: int, drop
 @pytest.mark.parametrize("norm", ["pre", None])
 @pytest.mark.parametrize(("batch", "fields", "dim", "heads", "head_dim"), [
     (0, 27, 64, 4, 16), (3, 27, 64, 4, 16), (2, 40, 192, 8, 24), (19, 33, 20, 3, 7), (17, 5, 7, 2, 64),
-    (5, 24, 40, 2, 20), (2, 100, 64, 4, 16), (30, 39, 24, 2, 12), (40, 3, 12, 1, 1)])
+    (5, 24, 40, 2, 20), (8, 100, 64, 4, 16), (30, 39, 24, 2, 12), (40, 3, 12, 1, 1)])
 def test_half_a_layer(fused: str, batch: int, fields: int, dim: int, heads: int, head_dim: int, norm: str | None,
                       queries: int) -> None:
     torch.manual_seed(dim)
