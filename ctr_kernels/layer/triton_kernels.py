@@ -26,7 +26,7 @@ def _pointers(x, start, row, column, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
         query = start + row
         token = query // QUERIES * FIELDS + query % QUERIES
         return x + (token[:, None] * WIDTH + column[None, :])
-    return x + start * WIDTH + (row[:, None] * WIDTH + column[None, :])  # only the first sum is 64 bits wide
+    return x + start * WIDTH + row[:, None] * WIDTH + column[None, :]  # only the first sum is 64 bits wide
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def test_bad_settings_are_quoted():
         AutoInt(num_embeddings=100, attention_dim=32)
     with pytest.raises(ValueError, match="width 24 with num_heads=5 gives heads of width 4.8"):
         AutoInt(num_embeddings=100, variant="paper", attention_dim=24, num_heads=5)
-    with pytest.raises(ValueError, match=r"D / num_heads = 12; supported are 8, 16, 32, 64; kernels='auto'"):
-        AutoInt(num_embeddings=100, variant="paper", attention_dim=24, kernels="native")
+    with pytest.raises(ValueError, match=r"D / num_heads = 130; 1 to 128 are supported; kernels='auto'"):
+        AutoInt(num_embeddings=100, variant="paper", attention_dim=260, kernels="native")
     with pytest.raises(ValueError, match="variant=''"):
         AutoInt(num_embeddings=100, variant="")
