@@ -11,7 +11,10 @@
 namespace ctr {
 namespace {
 
-constexpr int64_t kTokensAtOnce = 3 * kLinearTile, kTasks = 32;
+constexpr int64_t kTasks = 32;
+
+// Tokens that go through all steps together: of wide ones fewer fit the cache.
+constexpr int64_t tokens_at_once(int64_t dim) { return (dim > 128 ? 2 : 3) * kLinearTile; }
 
 // The sizes of a call. `rows`: the queries of a sample, its first tokens; `apart`: q has a projection of its own.
 struct Shape {
@@ -40,7 +43,7 @@ struct Parts {
 
   explicit Parts(const Shape& shape)
       : batch(shape.batch),
-        at_once(std::max<int64_t>(1, kTokensAtOnce / std::max<int64_t>(1, shape.fields))),
+        at_once(std::max<int64_t>(1, tokens_at_once(shape.dim) / std::max<int64_t>(1, shape.fields))),
         number((batch + at_once - 1) / at_once) {}
   Part operator[](int64_t i) const { return {i * at_once, std::min(at_once, batch - i * at_once)}; }
 };
@@ -52,13 +55,15 @@ AttentionArgs attention_of(const Shape& shape, const Tensor& qkv, const Tensor& 
                         num_heads, scale, dropout_p, seed);
 }
 
-// Without the samples before `sample`; q, k and v only.
-AttentionArgs from_sample(const AttentionArgs& args, int64_t sample) {
-  AttentionArgs rest = args;
-  rest.first_sample += sample;
-  rest.samples -= sample;
-  for (Strided* t : {&rest.q, &rest.k, &rest.v}) t->data = static_cast<float*>(t->data) + sample * t->batch;
-  return rest;
+// Of the part's samples alone, in q, k, v and out.
+AttentionArgs of_part(const AttentionArgs& args, const Part& part) {
+  AttentionArgs some = args;
+  some.first_sample += part.first;
+  some.samples = part.count;
+  some.cached = true;
+  for (Strided* t : {&some.q, &some.k, &some.v, &some.out})
+    if (t->data != nullptr) t->data = static_cast<float*>(t->data) + part.first * t->batch;
+  return some;
 }
 
 // The first tokens of each sample [count, rows, dim] of x [count, fields, dim].
@@ -128,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_block(
         q_part.y = data_of(q) + first_row * width;
         kernels.linear_forward(q_part, 0, in_q.tiles(row_count));
       }
-      kernels.attention_forward(attention, part.first, part.first + part.count);
+      kernels.attention_forward(of_part(attention, part), 0, part.count);
       out_part.tokens = row_count;
       out_part.x = data_of(heads) + first_row * width;
       out_part.y = data_of(y) + first_row * dim;
@@ -195,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_block_backw
         out_part.y = const_cast<float*>(grad) + first_row * dim;
         out_part.grad_x = grad_heads.data();
         kernels.linear_backward(out_part, out_sums, 0, out.tiles(row_count));
-        AttentionArgs some = from_sample(attention, part.first);
+        AttentionArgs some = of_part(attention, part);
         some.grad_out = {grad_heads.data(), rows * width, width};
         float* const keys = grad_qkv.data() + (shape.apart ? 0 : width);
         some.dq = {shape.apart ? grad_q.data() : grad_qkv.data(), rows * (shape.apart ? width : keys_width),

@@ -22,15 +22,16 @@ struct alignas(64) AttentionScratch {
   float inverse[kPitch];
 };
 
-// More than 64 queries are taken in blocks of that many, so that the maps of a block with all keys stay in the first-level cache.
-constexpr int64_t kForwardBlock = 32, kBackwardBlock = 32;
+// More than 64 queries are taken in blocks of that many: the maps of a block with all keys are in the first-level cache, or
+// nearly.
+constexpr int64_t kForwardBlock = 32, kBackwardBlock = 48;
 
 // Whether the gradient of the scores is corrected (see score_gradient): where few columns or many keys are summed, PyTorch's
 // own sums err less. It takes a twentieth of a backward pass.
 inline bool exact_gradient(const AttentionArgs& args) { return args.head_dim % 16 != 0 || args.keys > 64; }
 
 // Heads narrower than this sum dk and dv over blocks of queries; those narrower than kNarrowest over short ones.
-constexpr int64_t kNarrow = 16, kNarrowest = 4, kShortBlock = 16;
+constexpr int64_t kNarrow = 16, kNarrowest = 4, kNarrowBlock = 32, kShortBlock = 16;
 
 // Consecutive queries of a head: all of them, or a block of whole vectors.
 struct Block {
@@ -143,13 +144,14 @@ inline void forward_head(const AttentionArgs& args, int64_t sample, int64_t head
   const View q = input(args, args.q, sample, head, args.queries, rows.q());
   const View k = input(args, args.k, sample, head, keys, rows.k()), v = input(args, args.v, sample, head, keys, rows.v());
   const View out = output(args, args.out, sample, head, rows.out());
+  const bool around = args.around && !gathers(args);
   for (int64_t first = 0; first < args.queries; first += kPitch) {
     const Block block = block_at(args, first, kPitch);
     probabilities<kPitch, kDropout>(args, q, k, width, block, sample, head, s, dropping);
     gemm<Layout::transposed>(block.count, width, keys, s.p, Constant<kPitch>{}, v.data, v.stride,
-                             StoreRowScaled{out.data + first * out.stride, out.stride, s.inverse, args.around});
+                             StoreRowScaled{out.data + first * out.stride, out.stride, s.inverse, around});
   }
-  flush(args, args.out, sample, head, args.queries, out);
+  flush(args, args.out, sample, head, args.queries, out, rows.sample_rows(0));
 }
 
 // dS and P * M of a block of queries, in s.dp and s.p.
@@ -181,24 +183,25 @@ inline void backward_head(const AttentionArgs& args, int64_t sample, int64_t hea
   const View dk = kBlocks ? View{rows.dk(), width} : output(args, args.dk, sample, head, rows.dk());
   const View dv = kBlocks ? View{rows.dv(), width} : output(args, args.dv, sample, head, rows.dv());
   const int64_t size = kBlocks && args.head_dim < kNarrowest ? kShortBlock : kPitch;
+  const bool around = args.around && !gathers(args);
   for (int64_t first = 0; first < args.queries; first += size) {
     const Block block = block_at(args, first, size);
     differentiate_block<kPitch, kDropout>(args, q, k, v, go, width, block, sample, head, s, dropping);
     gemm<Layout::transposed>(block.count, width, keys, s.dp, Pitch{}, k.data, k.stride,
-                             Store{dq.data + first * dq.stride, dq.stride, args.around});
+                             Store{dq.data + first * dq.stride, dq.stride, around});
     const float *const queries = q.data + first * q.stride, *const grads = go.data + first * go.stride;
     if (kBlocks && first > 0) {
       gemm<Layout::rows>(keys, width, block.count, s.dp, Pitch{}, queries, q.stride, Add{dk.data, dk.stride});
       gemm<Layout::rows>(keys, width, block.count, s.p, Pitch{}, grads, go.stride, Add{dv.data, dv.stride});
     } else {
-      const bool around = args.around && !kBlocks;
-      gemm<Layout::rows>(keys, width, block.count, s.dp, Pitch{}, queries, q.stride, Store{dk.data, dk.stride, around});
-      gemm<Layout::rows>(keys, width, block.count, s.p, Pitch{}, grads, go.stride, Store{dv.data, dv.stride, around});
+      const bool past = around && !kBlocks;
+      gemm<Layout::rows>(keys, width, block.count, s.dp, Pitch{}, queries, q.stride, Store{dk.data, dk.stride, past});
+      gemm<Layout::rows>(keys, width, block.count, s.p, Pitch{}, grads, go.stride, Store{dv.data, dv.stride, past});
     }
   }
-  flush(args, args.dq, sample, head, args.queries, dq);
-  flush(args, args.dk, sample, head, keys, dk);
-  flush(args, args.dv, sample, head, keys, dv);
+  flush(args, args.dq, sample, head, args.queries, dq, rows.sample_rows(0));
+  flush(args, args.dk, sample, head, keys, dk, rows.sample_rows(1));
+  flush(args, args.dv, sample, head, keys, dv, rows.sample_rows(2));
 }
 
 template <int64_t kPitch, bool kDropout>
@@ -210,6 +213,7 @@ void forward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
     for (int64_t head = 0; head < args.heads; ++head) {
       prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
       prefetch_next(args, args.queries, {&args.q}, sample, head);
+      if (!args.around) prefetch_next(args, args.queries, {&args.out}, sample, head);
       forward_head<kPitch, kDropout>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();
@@ -224,6 +228,10 @@ void backward_samples(const AttentionArgs& args, int64_t first, int64_t last) {
     for (int64_t head = 0; head < args.heads; ++head) {
       prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
       prefetch_next(args, args.queries, {&args.q, &args.grad_out}, sample, head);
+      if (!args.around) {
+        prefetch_next(args, args.queries, {&args.dq}, sample, head);
+        prefetch_next(args, args.keys, {&args.dk, &args.dv}, sample, head);
+      }
       backward_head<kPitch, kDropout, kBlocks>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();
@@ -242,7 +250,7 @@ template <bool kDropout>
 void backward_of(const AttentionArgs& args, int64_t first, int64_t last) {
   if (args.queries == 1) return query_backward_samples<kDropout>(args, first, last);
   if (args.head_dim < kNarrow && args.queries > kShortBlock)
-    return backward_samples<kBackwardBlock, kDropout, true>(args, first, last);
+    return backward_samples<kNarrowBlock, kDropout, true>(args, first, last);
   if (args.queries <= 32) return backward_samples<32, kDropout>(args, first, last);
   if (args.queries <= 48) return backward_samples<48, kDropout>(args, first, last);
   if (args.queries <= 64) return backward_samples<64, kDropout>(args, first, last);

@@ -85,23 +85,25 @@ template <bool kDropout>
 inline void query_forward(const AttentionArgs& args, int64_t sample, int64_t head, const HeadRows& rows,
                           QueryScratch& s, Dropping& dropping) {
   const int64_t keys = args.keys, width = rows.width();
-  const View q = input(args, args.q, sample, head, 1, rows.q()), k = input(args, args.k, sample, head, keys, rows.k());
-  const View v = input(args, args.v, sample, head, keys, rows.v());
+  const View q = padded_input(args, args.q, sample, head, 1, rows.q());
+  const View k = padded_input(args, args.k, sample, head, keys, rows.k());
+  const View v = padded_input(args, args.v, sample, head, keys, rows.v());
   const View out = output(args, args.out, sample, head, rows.out());
   const float inverse = query_weights<kDropout>(args, q, k, sample, head, width, s, dropping);
   if (kDropout)
     for (int64_t key = 0; key < keys; key += W) store(s.p + key, load(s.p + key) * load(s.mask + key));
   weighted_sum(s.p, inverse, v, keys, width, out.data);
-  flush(args, args.out, sample, head, 1, out);
+  flush(args, args.out, sample, head, 1, out, rows.sample_rows(0));
 }
 
 template <bool kDropout>
 inline void query_backward(const AttentionArgs& args, int64_t sample, int64_t head, const HeadRows& rows,
                            QueryScratch& s, Dropping& dropping) {
   const int64_t keys = args.keys, width = rows.width();
-  const View q = input(args, args.q, sample, head, 1, rows.q()), k = input(args, args.k, sample, head, keys, rows.k());
-  const View v = input(args, args.v, sample, head, keys, rows.v());
-  const View go = input(args, args.grad_out, sample, head, 1, rows.go());
+  const View q = padded_input(args, args.q, sample, head, 1, rows.q());
+  const View k = padded_input(args, args.k, sample, head, keys, rows.k());
+  const View v = padded_input(args, args.v, sample, head, keys, rows.v());
+  const View go = padded_input(args, args.grad_out, sample, head, 1, rows.go());
   const View dq = output(args, args.dq, sample, head, rows.out()), dk = output(args, args.dk, sample, head, rows.dk());
   const View dv = output(args, args.dv, sample, head, rows.dv());
   const float inverse = query_weights<kDropout>(args, q, k, sample, head, width, s, dropping);
@@ -124,11 +126,12 @@ inline void query_backward(const AttentionArgs& args, int64_t sample, int64_t he
     if (kDropout) store(s.p + key, probability * load(s.mask + key));
   }
   weighted_sum(s.dp, 1.0f, k, keys, width, dq.data);
-  outer_product(s.dp, q.data, keys, width, dk, args.around);
-  outer_product(s.p, go.data, keys, width, dv, args.around);
-  flush(args, args.dq, sample, head, 1, dq);
-  flush(args, args.dk, sample, head, keys, dk);
-  flush(args, args.dv, sample, head, keys, dv);
+  const bool around = args.around && !gathers(args);
+  outer_product(s.dp, q.data, keys, width, dk, around);
+  outer_product(s.p, go.data, keys, width, dv, around);
+  flush(args, args.dq, sample, head, 1, dq, rows.sample_rows(0));
+  flush(args, args.dk, sample, head, keys, dk, rows.sample_rows(1));
+  flush(args, args.dv, sample, head, keys, dv, rows.sample_rows(2));
 }
 
 template <bool kDropout>
@@ -141,6 +144,7 @@ void query_forward_samples(const AttentionArgs& args, int64_t first, int64_t las
       prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
       query_forward<kDropout>(args, sample, head, rows, scratch, dropping);
     }
+  finish_streams();
 }
 
 template <bool kDropout>

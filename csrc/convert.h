@@ -21,46 +21,41 @@ inline uint16_t to_bf16(float f) {
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// to[c] = from[c] for c < columns, in vectors: a call of memcpy takes longer than a row. Zeros follow up to a multiple of
-// W where kPad.
+// Row by row to[c] = from[c] for c < columns, in vectors: a call of memcpy takes longer than a row. Zeros follow up to a
+// multiple of W where kPad.
 template <bool kPad>
-inline void copy_row(const float* from, int64_t columns, float* to) {
-  int64_t c = 0;
-  for (; c + W <= columns; c += W) store(to + c, load(from + c));
-  if (c == columns) return;
-  const Vec rest = load_part(from + c, columns - c);
-  if (kPad) store(to + c, rest);
-  else store_part(to + c, rest, columns - c);
+inline void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t pitch) {
+  const int64_t whole = columns / W * W, left = columns - whole;
+  for (int64_t r = 0; r < rows; ++r, from += stride, to += pitch) {
+    for (int64_t c = 0; c < whole; c += W) store(to + c, load(from + c));
+    if (left == 0) continue;
+    const Vec rest = load_part(from + whole, left);
+    if (kPad) store(to + whole, rest);
+    else store_part(to + whole, rest, left);
+  }
 }
 
 // out[r, c] (pitch floats a row, a multiple of W; zero from columns up to pitch) = in[r, c] for r < rows, c < columns.
 inline void read_rows(Type type, const void* in, int64_t stride, int64_t rows, int64_t columns, float* out,
                       int64_t pitch) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = out + r * pitch;
-    int64_t c = columns;
-    if (type == Type::f32) {
-      copy_row<true>(static_cast<const float*>(in) + r * stride, columns, to);
-      c = (columns + W - 1) / W * W;
-    } else {
-      const uint16_t* from = static_cast<const uint16_t*>(in) + r * stride;
-      for (int64_t i = 0; i < columns; ++i) to[i] = from_bf16(from[i]);
-    }
-    for (; c < pitch; ++c) to[c] = 0.0f;
+  int64_t filled = columns;
+  if (type == Type::f32) {
+    copy_rows<true>(static_cast<const float*>(in), stride, rows, columns, out, pitch);
+    filled = (columns + W - 1) / W * W;
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) out[r * pitch + c] = from_bf16(static_cast<const uint16_t*>(in)[r * stride + c]);
   }
+  if (filled == pitch) return;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = filled; c < pitch; ++c) out[r * pitch + c] = 0.0f;
 }
 
 inline void write_rows(Type type, const float* in, int64_t pitch, int64_t rows, int64_t columns, void* out,
                        int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = in + r * pitch;
-    if (type == Type::f32) {
-      copy_row<false>(from, columns, static_cast<float*>(out) + r * stride);
-    } else {
-      uint16_t* to = static_cast<uint16_t*>(out) + r * stride;
-      for (int64_t c = 0; c < columns; ++c) to[c] = to_bf16(from[c]);
-    }
-  }
+  if (type == Type::f32) return copy_rows<false>(in, pitch, rows, columns, static_cast<float*>(out), stride);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) static_cast<uint16_t*>(out)[r * stride + c] = to_bf16(in[r * pitch + c]);
 }
 
 }  // namespace CTR_ISA

@@ -68,6 +68,13 @@ struct StoreResidual {
   }
 };
 
+// What sums are added to is fetched while they are made: it is in the second-level cache or beyond.
+template <class Finish>
+inline void fetch(const Finish&, int64_t, int64_t) {}
+__attribute__((always_inline)) inline void fetch(const Add& add, int64_t m, int64_t n) {
+  __builtin_prefetch(add.out + m * add.pitch + n, 1);
+}
+
 // The accumulators have one index and simple loops: GCC keeps an array in registers where it unrolls all loops over it
 // early, which it does to innermost ones only. Else they pass through the stack at both ends of a tile.
 template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
@@ -76,6 +83,8 @@ inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth
   Vec acc[R * NV];
 #pragma GCC unroll 32
   for (int i = 0; i < R * NV; ++i) acc[i] = Vec{};
+#pragma GCC unroll 32
+  for (int i = 0; i < R * NV; ++i) fetch(finish, m + i / NV, n + i % NV * W);
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
     Vec columns[NV];
 #pragma GCC unroll 4

@@ -30,6 +30,7 @@ struct AttentionArgs {
   Strided out;                    // forward: [B, Q, E]
   Strided grad_out, dq, dk, dv;   // backward
   bool around;                    // what is written, fp32 in whole lines, goes around the caches
+  bool cached;                    // what is read is in the cache
 };
 
 // LayerNorm over the last dimension; gamma is null where there is none.
