@@ -74,6 +74,20 @@ def test_large_logits_and_negative_scales(fused: str, head_dim: int, queries: in
         check_attention(fused, [q * 50, k * 50, v], 4, scale=scale)
 
 
+@pytest.mark.parametrize(("batch", "queries", "fields", "heads", "head_dim"), [
+    (700, 20, 20, 8, 20), (700, 20, 20, 2, 24), (300, 100, 70, 4, 20), (4000, 20, 5, 4, 12), (11000, 1, 3, 8, 24)])
+def test_large_outputs(fused: str, batch: int, queries: int, fields: int, heads: int, head_dim: int) -> None:
+    """Written around the caches, heads that share lines put together before: 8 MB of them, but for the second."""
+    torch.manual_seed(7)
+    check_attention(fused, attention_inputs(batch, queries, fields, heads * head_dim), heads)
+    qkv, grad = torch.randn(min(batch, 700), fields, 3 * heads * head_dim), torch.randn(1)
+    packed = field_attention_packed(qkv.requires_grad_(), num_heads=heads, kernels=fused)
+    parts = field_attention(*qkv.chunk(3, dim=-1), num_heads=heads, kernels=fused)
+    assert torch.equal(packed, parts)
+    of_packed, of_parts = (torch.autograd.grad(y, qkv, grad.expand_as(y))[0] for y in (packed, parts))
+    assert torch.equal(of_packed, of_parts)
+
+
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("head_dim", [16, 20])
 def test_any_strides(fused: str, head_dim: int, queries: int) -> None:
