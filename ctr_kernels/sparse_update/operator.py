@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..library import INTERPRETED, LIBRARY, implement_in_triton
+from .inductor import let_inductor_hold_sparse_tensors
 from .plan import Plan
 from .rule import RULES, RowState, Rule, mark_written
 
@@ -70,6 +71,7 @@ def _save_lookup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 
 def _backward_lookup(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    let_inductor_hold_sparse_tensors()
     (ids,) = ctx.saved_tensors
     indices, rows = ids.reshape(1, -1).long(), grad.reshape(-1, ctx.table[1])
     return torch.sparse_coo_tensor(indices, rows, ctx.table, check_invariants=False), None, None
