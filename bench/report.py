@@ -31,6 +31,7 @@ SUMMARY = (
     ("FT-Transformer, step of the default recipe, B=512", "step", "default step ft", "training step", "B=512"),
     ("AutoInt, step of the default recipe, B=512", "step", "default step autoint", "training step", "B=512"),
     ("DCNv2, step of the default recipe, B=512", "step", "default step dcnv2", "training step", "B=512"),
+    ("FT-Transformer of its paper, training step, B=1024", "step", "paper step ft", "training step", "B=1024"),
     ("FT-Transformer, training step", "step", "step ft", "training step", ""),
     ("AutoInt, training step", "step", "step autoint", "training step", ""),
     ("DCNv2, training step", "step", "step dcnv2", "training step", ""),
