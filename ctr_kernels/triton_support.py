@@ -201,8 +201,8 @@ def print_table() -> None:
 
 Made by `python -m ctr_kernels.triton_support > docs/triton-resources.md` with triton {triton.__version__}, whose ptxas
 compiles for architectures that are not there; no GPU was used. tests/kernels/test_triton_resources.py compiles those
-of the tuned shapes, or all, and holds them to: no spills, the resident warps that the kernel states, tensor-core
-instructions where it multiplies matrices.
+of the tuned shapes, or all, and holds them to: no spills (of shapes that are not tuned, not more than the kernel
+states), the resident warps that the kernel states, tensor-core instructions where it multiplies matrices.
 
 Registers and spilled bytes are a thread's, shared bytes a program's; resident warps are what a multiprocessor holds
 (64 at most). Tensor: mma.sync, wgmma and tcgen05.mma instructions in the PTX. Loads and stores: instructions x bytes a
