@@ -75,6 +75,7 @@ TILES: dict[tuple, Tile] = {
     ("weight", "tf32", 64, 90): Tile(32, 32, 8),  # with 64 outputs all loads are of 4 bytes
     ("weight", "tf32", 64, 100): Tile(32, 32, 8),
     ("token", "tf32x3", 64, 80): Tile(32, 64, 8),  # with 64 tokens triton 3.6 spills
+    ("forward", "half", 256, ANY): Tile(32, 32, 8, 64),  # with 32 inputs at a time loads are of 8 bytes
     **{("weight", arithmetic, 256, ANY): Tile(16, 32, 8) for arithmetic in ("half", "tf32", "tf32x3")},
 }
 

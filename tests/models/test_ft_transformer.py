@@ -117,7 +117,8 @@ def test_bad_settings_are_quoted():
         FTTransformer(num_embeddings=100, pooling="max")
     with pytest.raises(ValueError, match="width 64 with num_heads=3 gives heads of width 21.3"):
         FTTransformer(num_embeddings=100, num_heads=3)
-    with pytest.raises(ValueError, match="157 tokens of width 64 with .*native': .*F=157 fields; F from 1 to 128"):
+    with pytest.raises(ValueError, match="157 tokens of width 64 with kernels='native': "
+                                         "157 queries of F=157 fields; F from 1 to 128 is supported"):
         FTTransformer(num_embeddings=100, num_dense=130, numeric="affine", kernels="native")
     with pytest.raises(ValueError, match="num_layers=0"):
         FTTransformer(num_embeddings=100, num_layers=0)
