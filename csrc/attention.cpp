@@ -46,7 +46,7 @@ Tensor field_attention(Tensor q, Tensor k, Tensor v, int64_t num_heads, double s
   AttentionArgs args = attention_args(q, k, v, num_heads, scale, dropout_p, seed);
   Tensor out = new_output({q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   args.out = strided(out);
-  args.around = q.size(2) % 16 == 0 && streams(out);
+  args.around = streams(out);
   const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, q.size(0), 16, [&](int64_t first, int64_t last) {
     kernels.attention_forward(args, first, last);
@@ -72,7 +72,7 @@ void backward_into(AttentionArgs& args, const Tensor& grad_out, const Tensor& q,
   args.dq = strided(dq);
   args.dk = strided(dk);
   args.dv = strided(dv);
-  args.around = around && q.size(2) % 16 == 0;
+  args.around = around;
   const KernelTable& kernels = kernels_for(16);
   torch::stable::parallel_for(0, args.samples, 16, [&](int64_t first, int64_t last) {
     kernels.attention_backward(args, first, last);

@@ -1,7 +1,6 @@
 // The rows of one head, fp32 and read in whole vectors: memory where it allows that, else scratch.
 #pragma once
 #include <algorithm>
-#include <initializer_list>
 
 #include "buffer.h"
 #include "convert.h"
@@ -24,18 +23,36 @@ inline int64_t padded_head(const AttentionArgs& args) { return (args.head_dim + 
 // Whether memory is read and written where it is.
 inline bool in_place(const AttentionArgs& args) { return args.type == Type::f32 && args.head_dim % W == 0; }
 
-// Whether a sample's outputs are put together in the cache and then written around it: those whose heads share lines.
+// Of outputs that are streamed: whether a head fills whole cache lines, or a sample's outputs are put together in the
+// cache first.
+inline bool whole_lines(const AttentionArgs& args) { return args.around && args.head_dim % 16 == 0; }
 inline bool gathers(const AttentionArgs& args) { return args.around && args.head_dim % 16 != 0; }
 
-// Scratch for the rows of one head at a time, [queries or keys, padded head] each; none where memory is used in place. The
-// sums over blocks of queries are always there. `sample_rows`: of one sample's outputs, where they are gathered.
+// Whether the gradients of q, k and v are columns of one tensor.
+inline bool packed(const AttentionArgs& args) { return args.dq.field > args.heads * args.head_dim; }
+
+// Whether outputs are written where they are, too.
+inline bool writes_in_place(const AttentionArgs& args) { return in_place(args) && !gathers(args); }
+
+// Where one output's rows of a sample are put together: as in memory, from `column` on of rows of `pitch`. `last`: whether
+// they are complete with it.
+struct Gathered {
+  float* rows;
+  int64_t pitch, column;
+  bool last;
+};
+
+// Scratch for the rows of one head at a time, [queries or keys, padded head] each; none where memory is used in place.
+// The sums over blocks of queries are always there. gathered(i): of the i-th output, where a sample's are put together.
 class HeadRows {
  public:
   explicit HeadRows(const AttentionArgs& args, bool sums = false)
       : width_(padded_head(args)),
-        keys_(in_place(args) && !sums && !gathers(args) ? 0 : args.keys * width_ + kSpace),
-        queries_(in_place(args) && !gathers(args) ? 0 : args.queries * width_ + kSpace),
-        sample_(gathers(args) ? std::max(args.keys, args.queries) * args.heads * args.head_dim : 0),
+        keys_(writes_in_place(args) && !sums ? 0 : args.keys * width_ + kSpace),
+        queries_(writes_in_place(args) ? 0 : args.queries * width_ + kSpace),
+        columns_(args.heads * args.head_dim),
+        packed_(packed(args)),
+        sample_(gathers(args) ? std::max(args.keys, args.queries) * columns_ : 0),
         rows_(4 * keys_ + 3 * queries_),
         sample_rows_(3 * sample_) {}
   float* k() const { return rows_.get(); }
@@ -45,12 +62,18 @@ class HeadRows {
   float* q() const { return dv() + keys_; }
   float* go() const { return q() + queries_; }
   float* out() const { return go() + queries_; }  // of forward; dq of backward
-  float* sample_rows(int which) const { return sample_ == 0 ? nullptr : sample_rows_.get() + which * sample_; }
+  Gathered gathered(int which) const {
+    if (sample_ == 0) return {nullptr, 0, 0, false};
+    if (packed_) return {sample_rows_.get(), 3 * columns_, which * columns_, which == 2};
+    return {sample_rows_.get() + which * sample_, columns_, 0, true};
+  }
   int64_t width() const { return width_; }
 
  private:
   static constexpr int64_t kSpace = 80;  // see AttentionScratch
-  int64_t width_, keys_, queries_, sample_;
+  int64_t width_, keys_, queries_, columns_;
+  bool packed_;
+  int64_t sample_;
   Buffer rows_, sample_rows_;
 };
 
@@ -77,34 +100,48 @@ inline View input(const AttentionArgs& args, const Strided& t, int64_t sample, i
   return {reinterpret_cast<float*>(head_pointer(args, t, sample, head)), t.field};
 }
 inline View output(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, float* scratch) {
-  if (!in_place(args) || gathers(args)) return {scratch, padded_head(args)};
+  if (!writes_in_place(args)) return {scratch, padded_head(args)};
   return {reinterpret_cast<float*>(head_pointer(args, t, sample, head)), t.field};
 }
-// Scratch to memory, by way of the sample's rows where there are some; nothing where the view is the memory.
-inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, int64_t rows,
-                  const View& view, float* sample_rows) {
-  char* p = head_pointer(args, t, sample, head);
-  if (reinterpret_cast<char*>(view.data) == p) return;
-  if (sample_rows == nullptr) return write_rows(args.type, view.data, view.stride, rows, args.head_dim, p, t.field);
-  const int64_t width = args.heads * args.head_dim;
-  write_rows(args.type, view.data, view.stride, rows, args.head_dim, sample_rows + head * args.head_dim, width);
-  if (head + 1 < args.heads) return;
-  float* to = static_cast<float*>(t.data) + sample * t.batch;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < width; c += W) stream(to + r * t.field + c, load(sample_rows + r * width + c));
+// to[i] = from[i], whole lines around the cache.
+inline void copy_around(const float* from, int64_t count, float* to) {
+  const int64_t before = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) / 4) & 15;
+  const int64_t first = before < count ? before : count, last = first + (count - first) / 16 * 16;
+  copy_rows<false>(from, 0, 1, first, to, 0);
+  for (int64_t i = first; i < last; i += W) stream(to + i, load(from + i));
+  copy_rows<false>(from + last, 0, 1, count - last, to + last, 0);
 }
 
-// Prefetches a head's share of the next sample, whole rows in the order of memory: a head's own lines, one or two of
-// every row, are a pattern that the hardware does not foresee.
-__attribute__((always_inline)) inline void prefetch_next(const AttentionArgs& args, int64_t rows,
-                                                         std::initializer_list<const Strided*> tensors,
-                                                         int64_t sample, int64_t head) {
-  if (args.cached || sample + 1 >= args.samples) return;
-  const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
-  for (int64_t r = rows * head / args.heads; r < rows * (head + 1) / args.heads; ++r)
-    for (const Strided* t : tensors)
-      prefetch(static_cast<const char*>(t->data) + ((sample + 1) * t->batch + r * t->field) * size, width);
+// Scratch to memory, by way of the sample's rows where they are put together; nothing where the view is the memory.
+inline void flush(const AttentionArgs& args, const Strided& t, int64_t sample, int64_t head, int64_t rows,
+                  const View& view, const Gathered& gathered) {
+  char* p = head_pointer(args, t, sample, head);
+  if (reinterpret_cast<char*>(view.data) == p) return;
+  if (gathered.rows == nullptr) return write_rows(args.type, view.data, view.stride, rows, args.head_dim, p, t.field);
+  copy_rows<false>(view.data, view.stride, rows, args.head_dim,
+                   gathered.rows + gathered.column + head * args.head_dim, gathered.pitch);
+  if (head + 1 < args.heads || !gathered.last) return;
+  copy_around(gathered.rows, rows * gathered.pitch,
+              static_cast<float*>(t.data) + sample * t.batch - gathered.column);
 }
+
+// Prefetches a share of the next sample, one of `parts`, whole rows in the order of memory: a head's own lines, one or two
+// of every row, are a pattern that the hardware does not foresee. Kernels ask for a tensor at a time, between products:
+// in one burst more lines would be asked for than can be under way, and the core would wait.
+struct NextSample {
+  const AttentionArgs& args;
+  int64_t sample, part, parts;
+  __attribute__((always_inline)) void fetch(const Strided& t, int64_t rows) const {
+    if (args.cached || sample + 1 >= args.samples) return;
+    const int64_t size = element_size(args.type), width = args.heads * args.head_dim * size;
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r)
+      prefetch(static_cast<const char*>(t.data) + ((sample + 1) * t.batch + r * t.field) * size, width);
+  }
+  // Outputs that are not streamed.
+  __attribute__((always_inline)) void fetch_output(const Strided& t, int64_t rows) const {
+    if (!args.around) fetch(t, rows);
+  }
+};
 
 }  // namespace CTR_ISA
 }  // namespace ctr

@@ -93,7 +93,7 @@ inline void query_forward(const AttentionArgs& args, int64_t sample, int64_t hea
   if (kDropout)
     for (int64_t key = 0; key < keys; key += W) store(s.p + key, load(s.p + key) * load(s.mask + key));
   weighted_sum(s.p, inverse, v, keys, width, out.data);
-  flush(args, args.out, sample, head, 1, out, rows.sample_rows(0));
+  flush(args, args.out, sample, head, 1, out, rows.gathered(0));
 }
 
 template <bool kDropout>
@@ -126,12 +126,12 @@ inline void query_backward(const AttentionArgs& args, int64_t sample, int64_t he
     if (kDropout) store(s.p + key, probability * load(s.mask + key));
   }
   weighted_sum(s.dp, 1.0f, k, keys, width, dq.data);
-  const bool around = args.around && !gathers(args);
+  const bool around = whole_lines(args);
   outer_product(s.dp, q.data, keys, width, dk, around);
   outer_product(s.p, go.data, keys, width, dv, around);
-  flush(args, args.dq, sample, head, 1, dq, rows.sample_rows(0));
-  flush(args, args.dk, sample, head, keys, dk, rows.sample_rows(1));
-  flush(args, args.dv, sample, head, keys, dv, rows.sample_rows(2));
+  flush(args, args.dq, sample, head, 1, dq, rows.gathered(0));
+  flush(args, args.dk, sample, head, keys, dk, rows.gathered(1));
+  flush(args, args.dv, sample, head, keys, dv, rows.gathered(2));
 }
 
 template <bool kDropout>
@@ -141,7 +141,9 @@ void query_forward_samples(const AttentionArgs& args, int64_t first, int64_t las
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
+      const NextSample next{args, sample, head, args.heads};
+      next.fetch(args.k, args.keys);
+      next.fetch(args.v, args.keys);
       query_forward<kDropout>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();
@@ -154,7 +156,9 @@ void query_backward_samples(const AttentionArgs& args, int64_t first, int64_t la
   Dropping dropping(args.dropout);
   for (int64_t sample = first; sample < last; ++sample)
     for (int64_t head = 0; head < args.heads; ++head) {
-      prefetch_next(args, args.keys, {&args.k, &args.v}, sample, head);
+      const NextSample next{args, sample, head, args.heads};
+      next.fetch(args.k, args.keys);
+      next.fetch(args.v, args.keys);
       query_backward<kDropout>(args, sample, head, rows, scratch, dropping);
     }
   finish_streams();

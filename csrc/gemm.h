@@ -75,6 +75,10 @@ __attribute__((always_inline)) inline void fetch(const Add& add, int64_t m, int6
   __builtin_prefetch(add.out + m * add.pitch + n, 1);
 }
 
+// What is made of each column of the sums, a whole tile at once; nothing here (see attention_scores.h).
+template <int R, int NV, class Finish>
+inline void reduce(const Finish&, int64_t, int64_t, const Vec*) {}
+
 // The accumulators have one index and simple loops: GCC keeps an array in registers where it unrolls all loops over it
 // early, which it does to innermost ones only. Else they pass through the stack at both ends of a tile.
 template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>
@@ -103,6 +107,7 @@ inline void tile(const float* a, Lda lda, const float* b, Ldb ldb, int64_t depth
   for (int64_t left = depth & 3; left > 0; --left, ++k) step(k);
 #pragma GCC unroll 32
   for (int i = 0; i < R * NV; ++i) finish(m + i / NV, n + i % NV * W, acc[i]);
+  reduce<R, NV>(finish, m, n, acc);
 }
 
 template <int R, int NV, Layout kLayout, class Lda, class Ldb, class Finish>

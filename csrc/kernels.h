@@ -29,7 +29,7 @@ struct AttentionArgs {
   Strided q, k, v;                // [B, Q, E], [B, F, E] twice
   Strided out;                    // forward: [B, Q, E]
   Strided grad_out, dq, dk, dv;   // backward
-  bool around;                    // what is written, fp32 in whole lines, goes around the caches
+  bool around;                    // what is written, fp32 without gaps, goes around the caches
   bool cached;                    // what is read is in the cache
 };
 

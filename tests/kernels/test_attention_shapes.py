@@ -75,9 +75,10 @@ def test_large_logits_and_negative_scales(fused: str, head_dim: int, queries: in
 
 
 @pytest.mark.parametrize(("batch", "queries", "fields", "heads", "head_dim"), [
-    (700, 20, 20, 8, 20), (700, 20, 20, 2, 24), (300, 100, 70, 4, 20), (4000, 20, 5, 4, 12), (11000, 1, 3, 8, 24)])
+    (700, 20, 20, 8, 20), (700, 20, 20, 2, 24), (300, 100, 70, 4, 20), (4000, 20, 5, 4, 12), (11000, 1, 3, 8, 24),
+    (900, 27, 27, 5, 20), (900, 39, 39, 6, 10)])  # the last two: samples that begin within a line
 def test_large_outputs(fused: str, batch: int, queries: int, fields: int, heads: int, head_dim: int) -> None:
-    """Written around the caches, heads that share lines put together before: 8 MB of them, but for the second."""
+    """Written around the caches, heads that share lines put together before: 8 MB, but for the second shape."""
     torch.manual_seed(7)
     check_attention(fused, attention_inputs(batch, queries, fields, heads * head_dim), heads)
     qkv, grad = torch.randn(min(batch, 700), fields, 3 * heads * head_dim), torch.randn(1)

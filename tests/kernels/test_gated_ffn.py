@@ -63,7 +63,7 @@ def test_half_a_layer_of_any_width(fused: str, activation: str, norm: str, dtype
         check_ffn([x * 3 + 1, *weights], activation, 0.3, norm)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 200), st.sampled_from([5, 20, 64, 100, 192]), st.sampled_from([h for h in HIDDEN if h >= 8]),
        st.sampled_from(list(ACTIVATIONS)), st.sampled_from([0.0, 0.5]), st.sampled_from(DTYPES),
        st.sampled_from(NORMS), st.integers(0, 2**32))
