@@ -8,6 +8,7 @@ backends; the reason is printed and kept for `ctr_kernels.backends()`.
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -47,17 +48,28 @@ def native_build():
         return [], {}
 
     class Build(BuildExtension):
-        """BuildExtension that adds instruction-set flags by file name and survives a missing compiler."""
+        """BuildExtension that adds instruction-set flags by file name, compiles in parallel, and survives no compiler.
+
+        MAX_JOBS: how many compilers run at once; all cores by default.
+        """
 
         def build_extensions(self):
-            compile_one = self.compiler._compile
+            compile_one, link = self.compiler._compile, self.compiler.link_shared_object
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            compiled = []
 
             def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
                 flags = next((f for end, f in ISA_FLAGS.items() if src.endswith(end)), [])
-                compile_one(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
+                compiled.append(pool.submit(compile_one, obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts))
 
-            self.compiler._compile = compile_with_isa
-            super().build_extensions()
+            def link_what_is_compiled(*args, **options):
+                for one in compiled:
+                    one.result()
+                link(*args, **options)
+
+            self.compiler._compile, self.compiler.link_shared_object = compile_with_isa, link_what_is_compiled
+            with ThreadPoolExecutor(jobs) as pool:
+                super().build_extensions()
 
         def run(self):
             try:
@@ -79,7 +91,9 @@ def native_build():
 
     sanitize = os.environ.get("CTR_KERNELS_SANITIZE", "")
     sanitizer_flags = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g1"] if sanitize else []
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+    # The kernels of an instruction set take longest, and come first.
+    paths = sorted((ROOT / "csrc").glob("*.cpp"), key=lambda path: (not path.name.startswith("isa_"), path.name))
+    sources = [str(path.relative_to(ROOT)) for path in paths]
     if not IS_X86:
         sources = [s for s in sources if not s.endswith(tuple(ISA_FLAGS))]
     extension = CppExtension(
