@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .library import INTERPRETED, NATIVE_ABSENT
+from .tracing import inside_torch_func
 
 CHOICES = ("auto", "eager", "native", "triton")
 Dtypes = tuple[torch.dtype, ...]
@@ -122,13 +123,6 @@ def _dtypes(backend: str, operation: str) -> Dtypes:
     if OPERATIONS[operation].products and INTERPRETED:  # products of bf16 matrices are wrong there, by far
         return tuple(dtype for dtype in OPERATIONS[operation].triton if dtype != torch.bfloat16)
     return OPERATIONS[operation].triton
-
-
-def inside_torch_func() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: kernels have no rules for them."""
-    if torch.compiler.is_compiling():  # a constant of the graph, guarded; the other two functions would be nodes of it
-        return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 Supports = Callable[[str], str | None]

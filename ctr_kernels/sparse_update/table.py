@@ -8,8 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from ..backend import CHOICES, inside_torch_func, resolve
+from ..backend import CHOICES, resolve
 from ..library import NATIVE_ABSENT
+from ..tracing import inside_export, inside_torch_func
 from .operator import first_bad_id_native, lookup_in_graph, lookup_native, use_huge_pages_native
 from .plan import Plan, row_gradient, start_plan
 
@@ -185,11 +186,6 @@ def wants_rows(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     if trains and weight.is_leaf and weight.grad_dtype != dtype:
         weight.grad_dtype = dtype  # or autograd would round the rows to another dtype
     return trains
-
-
-def inside_export() -> bool:
-    """Whether torch.export or torch.jit.trace records a graph: values of tensors cannot be looked at."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _new_memory(table: torch.Tensor) -> torch.Tensor:
