@@ -15,8 +15,8 @@ namespace CTR_ISA {
 // or nearly.
 constexpr int64_t kForwardBlock = 32, kBackwardBlock = 48;
 
-// Where few columns are summed PyTorch's own sums err little. Heads narrower than this sum dk and dv over blocks of
-// queries, those narrower than kNarrowest over short ones, and correct the gradient of the scores (see score_gradient).
+// Where few columns are summed PyTorch's own sums err little. Heads narrower than this correct the gradient of the scores
+// (see score_gradient), and sum dk and dv over blocks of queries; those narrower than kNarrowest over short ones.
 constexpr int64_t kNarrow = 16, kNarrowest = 4, kNarrowBlock = 32, kShortBlock = 16;
 
 // Consecutive queries of a head: all of them, or a block of whole vectors.

@@ -253,9 +253,8 @@ def test_cross(fused: str, dtype: torch.dtype) -> None:
 
 @native_only
 @properties
-@given(st.integers(0, 100), st.integers(1, 100), st.integers(8, 70), st.sampled_from(DTYPES), st.integers(0, 2**32))
+@given(st.integers(0, 100), st.integers(1, 100), st.integers(1, 70), st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_cross_of_any_shape(fused: str, batch: int, width: int, rank: int, dtype: torch.dtype, seed: int) -> None:
-    """Ranks of 8 at least: at rank 1 the rule would compare one number's errors, of which eager's may be none."""
     torch.manual_seed(seed)
     check_cross(fused, batch, width, rank, dtype)
 
