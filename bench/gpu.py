@@ -37,7 +37,9 @@ BESIDE = {
 ALONE = {
     "tuning": ((*CHECKS, "--group", "tuning"), 36_000),  # with --autotune alone, which may take --seconds
     "training": ((*CHECKS, "--group", "training"), 120),
+    "recipes": (("bench/on_gpu/recipes.py",), 90),
     "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 100),
+    "speed step tf32": ((*SPEED, "--group", "step", "--dtype", "tf32"), 75),
     "speed step bf16": ((*SPEED, "--group", "step", "--dtype", "bf16"), 75),
     "speed default step": ((*SPEED, "--group", "default step", "--dtype", "fp32"), 60),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
@@ -47,6 +49,7 @@ ALONE = {
     "speed ffn bf16": ((*SPEED, "--group", "ffn", "--dtype", "bf16"), 60),
     "speed layer fp32": ((*SPEED, "--group", "layer", "--dtype", "fp32"), 60),
     "speed layer bf16": ((*SPEED, "--group", "layer", "--dtype", "bf16"), 60),
+    "kernels": (("bench/on_gpu/kernels.py",), 90),
 }
 SANITIZERS = ("memcheck", "racecheck")
 GRACE = 15.0  # seconds kept for the end
@@ -60,6 +63,7 @@ class Session:
     scratch: Path
     rehearse: bool
     ends: float
+    data: str | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
@@ -87,6 +91,8 @@ class Session:
             command = [sanitizer() or "compute-sanitizer", "--tool", name, "--error-exitcode", "9",
                        "--report-api-errors", "no", *command]  # libraries probe, and handle what the driver answers
             variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a stray access lands in memory that is cached
+        if name == "recipes" and self.data:
+            command += ["--data", self.data]
         if name == "tuning":
             variables["CTR_KERNELS_AUTOTUNE"] = "1"
         log = open(self.scratch / (name.replace(" ", "-") + ".log"), "w")  # noqa: SIM115 (the process writes to it)
@@ -211,6 +217,7 @@ def main() -> int:
     parser.add_argument("--autotune", action="store_true",
                         help="only search launch configurations; gpu.log has the lines for "
                              "ctr_kernels/triton_tuned.py, of as many kernels as --seconds allow")
+    parser.add_argument("--data", help="raw rows for the part recipes; default: synthetic ones")
     parser.add_argument("--seconds", type=float, default=570.0, help="of the whole call")
     options = parser.parse_args()
     default = ["tuning"] if options.autotune else [name for name in parts if name != "tuning"]
@@ -229,7 +236,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.log").write_text("")
     with tempfile.TemporaryDirectory(prefix="ctr-gpu-") as scratch:
-        session = Session(out, Path(scratch), options.rehearse, started + options.seconds - GRACE)
+        session = Session(out, Path(scratch), options.rehearse, started + options.seconds - GRACE,
+                          options.data)
         session.report = {"rehearsal": options.rehearse, "machine": machine(options.rehearse), "parts": {}}
         session.write()
         print(json.dumps(session.report["machine"]), flush=True)

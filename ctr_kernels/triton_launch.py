@@ -114,25 +114,30 @@ def launch_choice(key: Key, default: Callable[[Key], Choice], candidates: Callab
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    return do_bench(run, return_mode="median")
+    return do_bench(run, warmup=5, rep=40, return_mode="median")
+
+
+def time_of(choice: Choice, run: Callable[[Choice], object], timer: Callable[[Callable[[], object]], float]) -> float:
+    """What `timer` says of a launch; infinite where the GPU has no room for it, or it cannot be compiled."""
+    try:
+        return timer(partial(run, choice))
+    except (OutOfResources, PTXASError):
+        return math.inf
+    except RuntimeError as error:
+        if "PassManager" not in str(error):  # what MLIR says of code that it cannot lower
+            raise
+        return math.inf
 
 
 def _search(key: Key, default: Choice, candidates: Iterable[Choice], run: Callable[[Choice], object],
             timer: Callable[[Callable[[], object]], float]) -> Choice:
-    times = {}
-    for choice in dict.fromkeys((default, *candidates)):
-        try:
-            times[choice] = timer(partial(run, choice))
-        except (OutOfResources, PTXASError):
-            times[choice] = math.inf
-        except RuntimeError as error:
-            if "PassManager" not in str(error):  # what MLIR says of code that it cannot lower
-                raise
-            times[choice] = math.inf
+    times = {choice: time_of(choice, run, timer) for choice in dict.fromkeys((default, *candidates))}
     best = min(times, key=times.__getitem__)
     if math.isinf(times[best]):
         raise RuntimeError(f"no launch configuration of {tuple(key)} fits this GPU: {', '.join(map(str, times))} "
                            "were tried")
+    others = sorted((time, tuple(choice)) for choice, time in times.items() if choice not in (best, default))
     print(f"    {tuple(key)}: {tuple(best)},  # {best}: {1e3 * times[best]:.1f} us; {default}: "
-          f"{1e3 * times[default]:.1f} us", file=sys.stderr)
+          f"{1e3 * times[default]:.1f} us; then {', '.join(f'{c} {1e3 * t:.1f}' for t, c in others[:4])}",
+          file=sys.stderr, flush=True)
     return best

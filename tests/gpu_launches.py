@@ -1,18 +1,21 @@
 """Every Triton kernel launched once or tuned, with the batches and optimizers that gpu_checks.py trains with."""
 
 import itertools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from gpu_parity import DENSE, DTYPES, FIELDS, Scale, arithmetic
+from gpu_parity import DENSE, FIELDS, Scale, arithmetic
 from parity import ffn_inputs
 from torch import nn
 
 from ctr_kernels import EmbeddingTable, TransformerLayer, ffn, field_attention
+from ctr_kernels.triton_launch import time_of
 from ctr_models import MODELS
 from ctr_models.tokenizer import FeatureTokenizer
 from ctr_train.optim import EMBEDDING_OPTIMIZERS, make_optimizers, update
@@ -54,15 +57,42 @@ def optimizers_of(model: nn.Module, kernels: str) -> list[torch.optim.Optimizer]
 
 def tuning(scale: Scale) -> None:
     """Every kernel at the shapes of training, those of the recipe `small` too: with CTR_KERNELS_AUTOTUNE=1 this prints
-    lines for the launch tables. A rehearsal times one call of each candidate, for what that is worth."""
+    lines for the launch tables, what counts most first. A rehearsal times one call of each candidate, for what that is
+    worth.
+
+    $CTR_TUNING_PART, "2/12": of all candidates only compile every twelfth, from the second. So many processes side by
+    side fill the cache of compiled kernels before one process times them all.
+    """
+    part = os.environ.get("CTR_TUNING_PART")
+    if part is not None:
+        first, parts = map(int, part.split("/"))
+        with patch("ctr_kernels.triton_launch._search", partial(compile_some, first, parts)):
+            tuned_work(scale)
+        return
+    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_launch._milliseconds", one_call):
+        tuned_work(scale)
+
+
+def tuned_work(scale: Scale) -> None:
+    """The launches whose configurations are searched."""
     tokens = {"numeric": "affine", "history": STATISTICS, "embedding_dropout": 0.2}
     variants = {"dcnv2": tokens, **dict.fromkeys(("autoint", "ft"), {**tokens, "shortcut": "cross"})}
-    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_launch._milliseconds", one_call):
-        update_rows(scale, scale.batch)  # before the models, whose tables are tiny: their launches are chosen here
-        for precision in scale.choose(list(DTYPES)):
-            run_kernels(scale, precision, [(scale.batch, 27), (scale.batch, 28)])
-            run_tokens(scale, precision, scale.batch)
-        run_models(scale, scale.batch, variants if scale.is_gpu else {})
+    update_rows(scale, scale.batch)  # before the models, whose tables are tiny: their launches are chosen here
+    for fields in (28, 27):
+        for precision in ("bf16", "fp32", "tf32") if scale.is_gpu else ("fp32", "fp16"):
+            run_kernels(scale, precision, [(scale.batch, fields)], dropout=0.0)
+            run_ffn(scale, precision, scale.batch * fields)
+    for precision in ("bf16", "fp32") if scale.is_gpu else ("fp32", "fp16"):
+        run_tokens(scale, precision, scale.batch)
+    run_models(scale, scale.batch, variants if scale.is_gpu else {})
+
+
+def compile_some(first: int, parts: int, key: Any, default: Any, candidates: Iterable[Any], run: Callable[[Any], object],
+                 timer: Any) -> Any:
+    """In place of the search: launches every `parts`-th candidate once, and chooses the default."""
+    for choice in list(dict.fromkeys((default, *candidates)))[first % parts::parts]:
+        time_of(choice, run, one_call)
+    return default
 
 
 def one_call(run: Callable[[], object]) -> float:
@@ -85,12 +115,12 @@ def update_rows(scale: Scale, batch: int) -> None:
         assert table.weight.isfinite().all()
 
 
-def run_kernels(scale: Scale, precision: str, shapes: list[tuple[int, int]]) -> None:
+def run_kernels(scale: Scale, precision: str, shapes: list[tuple[int, int]], dropout: float = 0.1) -> None:
     """Layer, attention and FFN both ways at (batch, fields)."""
     with arithmetic(precision, scale) as dtype:
         for batch, fields in scale.choose(shapes):
             layer = LAYERS["ft" if fields == 28 else "autoint"]  # 28 with FT-Transformer's CLS token
-            module = TransformerLayer(64, 4, **layer, dropout=0.1, kernels="triton").to(scale.device, dtype)
+            module = TransformerLayer(64, 4, **layer, dropout=dropout, kernels="triton").to(scale.device, dtype)
             x = torch.randn(batch, fields, 64).to(scale.device, dtype).requires_grad_()
             module(x).backward(torch.randn(batch, fields, 64).to(scale.device, dtype))
             assert x.grad.isfinite().all()
@@ -98,6 +128,14 @@ def run_kernels(scale: Scale, precision: str, shapes: list[tuple[int, int]]) -> 
             assert field_attention(q, k, v, num_heads=8, kernels="triton").isfinite().all()
             y = ffn(*(t.to(scale.device) for t in ffn_inputs(batch * fields, 20, 24, dtype)), kernels="triton")
             assert y.isfinite().all()
+
+
+def run_ffn(scale: Scale, precision: str, tokens: int) -> None:
+    """The FFN of the layer by itself, both ways."""
+    with arithmetic(precision, scale) as dtype:
+        inputs = [t.to(scale.device).requires_grad_() for t in ffn_inputs(tokens, 64, 256, dtype)]
+        ffn(*inputs, kernels="triton").backward(torch.randn(tokens, 64).to(scale.device, dtype))
+        assert all(t.grad is not None and t.grad.isfinite().all() for t in inputs)
 
 
 def run_tokens(scale: Scale, precision: str, batch: int) -> None:

@@ -101,7 +101,7 @@ def feed_forward(s: Settings) -> Iterator[Group]:
               for size in sizes]
     grad = torch.randn_like(inputs[0])
     flops, tensor = 4.0 * s.batch * s.fields * s.dim * hidden, float(grad.numel() * grad.element_size())
-    everyone = ffn.providers()
+    everyone = ffn.providers("gelu")
     yield Group("ffn", "forward", s.shape, {name: forward(f, inputs) for name, f in everyone.items()}, flops,
                 2 * tensor)
     yield Group("ffn", "forward+backward", s.shape,
@@ -190,7 +190,7 @@ def steps(s: Settings, fresh: Callable[[str], CTRModel], config: dict[str, Any],
         fresh: makes the model with given kernels. config: settings of its optimizers, for `recipe_optimizers`.
         tensors: dense, sparse, label. providers: names of those to make.
     """
-    gpu, precision = s.device.type == "cuda", "bf16" if s.precision == "bf16" else "fp32"
+    gpu, precision = s.device.type == "cuda", s.precision if s.precision == "bf16" else "fp32"
     dense, sparse, label = tensors
     batch = Batch(dense, sparse.remainder(table_rows(s)).int(), label)
 

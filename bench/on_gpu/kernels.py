@@ -1,0 +1,168 @@
+"""Which kernels a training step runs and what each takes, and what the hardware counters say of them.
+
+`python bench/on_gpu/kernels.py --json FILE` times the kernels of FT-Transformer's step, and of attention and the FFN
+alone, with PyTorch's profiler; then, where Nsight Compute (ncu) is there, it runs itself under it, once for each
+precision, and keeps what bounds each kernel: bytes, units in use, stalls.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.training import WEIGHT_DECAY, random_batch
+
+from ctr_kernels import ffn
+from ctr_kernels.attention import field_attention_packed
+from ctr_models import MODELS
+from ctr_train.data.loader import Batch
+from ctr_train.optim import make_optimizers, update
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+BATCH, FIELDS, DIM, HEADS, HIDDEN = 4096, 27, 64, 4, 256
+STALL = "smsp__average_warps_issue_stalled_"
+# Column of ncu -> ours. Rates are shares of the peak over the kernel's time.
+COUNTERS = {
+    "gpu__time_duration.sum": "time",
+    "dram__bytes_read.sum": "read",
+    "dram__bytes_write.sum": "written",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
+    "l1tex__throughput.avg.pct_of_peak_sustained_active": "L1 %",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
+    "sm__inst_executed.avg.per_cycle_active": "IPC",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
+    "launch__registers_per_thread": "registers",
+    "launch__waves_per_multiprocessor": "waves",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
+}
+
+
+def work(precision: str, batch: int) -> dict[str, Callable[[], Any]]:
+    """The step of the baseline study's FT-Transformer, and our attention and FFN with their backward."""
+    device = torch.device("cuda")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.manual_seed(0)
+    model = MODELS["ft"](num_embeddings=2_000_000, dropout=0.0, kernels="triton").to(device)
+    optimizers = make_optimizers(model, embedding_optimizer="sgd", embedding_lr=0.01, lr=1e-3,
+                                 weight_decay=WEIGHT_DECAY, kernels="triton")
+    dense, sparse, label = random_batch(batch, device)
+    rows = Batch(dense, sparse.int(), label)
+    qkv = torch.randn(batch, FIELDS, 3 * DIM, device=device).to(dtype).requires_grad_()
+    x = torch.randn(batch, FIELDS, DIM, device=device).to(dtype).requires_grad_()
+    sizes = [(HIDDEN, DIM), (HIDDEN,), (DIM, HIDDEN), (DIM,)]
+    weights = [(torch.randn(size, device=device) / 8).to(dtype).requires_grad_() for size in sizes]
+    grad = torch.randn(batch, FIELDS, DIM, device=device).to(dtype)
+    return {"step": lambda: update(model, optimizers, rows, precision="bf16" if precision == "bf16" else "fp32"),
+            "attention": lambda: field_attention_packed(qkv, num_heads=HEADS, kernels="triton").backward(grad),
+            "ffn": lambda: ffn(x, *weights, kernels="triton").backward(grad)}
+
+
+def profiled(precision: str, rounds: int = 5) -> list[dict[str, Any]]:
+    """Microseconds and launches of every kernel in a call of each piece of work, the longest first."""
+    found = []
+    for name, call in work(precision, BATCH).items():
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(rounds):
+                call()
+            torch.cuda.synchronize()
+        times: dict[str, list[float]] = defaultdict(list)
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                times[event.name].append(event.device_time)
+        for kernel, each in sorted(times.items(), key=lambda item: -sum(item[1])):
+            found.append({"precision": precision, "work": name, "kernel": kernel, "us": sum(each) / rounds,
+                          "launches": len(each) / rounds})
+    return found
+
+
+def launched(precision: str) -> None:
+    """A call of each piece of work between the profiler's marks: what ncu sees."""
+    for call in work(precision, BATCH).values():
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def counted(precision: str, raw: Path) -> list[dict[str, Any]]:
+    """What ncu's counters say of every kernel of `launched`; its table as it is goes to `raw`."""
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy",
+                "LaunchStats")
+    command = [shutil.which("ncu") or "ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv",
+               "--page", "raw", "--print-units", "base",
+               *(part for section in sections for part in ("--section", section)),
+               sys.executable, __file__, "--launch", precision]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ)
+    raw.write_text(done.stdout + done.stderr)
+    lines = done.stdout.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise RuntimeError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-400:]}")
+    table = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))[1:]  # the first row has units
+    return [{"precision": precision, "kernel": row["Kernel Name"][:60], "grid": row["Grid Size"],
+             **{ours: _number(row.get(theirs)) for theirs, ours in COUNTERS.items()},
+             "pipes": _largest(row, "sm__inst_executed_pipe_", ".avg.pct_of_peak_sustained_active"),
+             "stalls": _largest(row, STALL, "_per_issue_active.ratio")} for row in table]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _largest(row: dict[str, str], start: str, end: str) -> dict[str, float]:
+    """The four largest of the columns of that name."""
+    values = {name[len(start):-len(end)]: _number(value) or 0.0 for name, value in row.items()
+              if name.startswith(start) and name.endswith(end)}
+    return dict(sorted(values.items(), key=lambda item: -item[1])[:4])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--launch", choices=PRECISIONS, help="only launch the kernels: what ncu is asked to look at")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU there are no kernels: nothing is run")
+    options = parser.parse_args()
+    if options.launch:
+        launched(options.launch)
+        return 0
+    found: dict[str, list[dict[str, Any]]] = {"profile": [], "counters": []}
+    for precision in () if options.rehearse else PRECISIONS:
+        found["profile"] += profiled(precision)
+        options.json.write_text(json.dumps(found))
+    for row in found["profile"]:
+        if row["us"] >= 1:
+            print(f"{row['precision']} {row['work']:10} {row['us']:8.1f} us {row['launches']:5.1f} x {row['kernel'][:90]}")
+    for precision in PRECISIONS if shutil.which("ncu") and not options.rehearse else ():
+        found["counters"] += counted(precision, options.json.with_name(f"ncu-{precision}.csv"))
+        options.json.write_text(json.dumps(found))
+    for row in found["counters"]:
+        print(json.dumps(row))
+    options.json.write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
