@@ -8,6 +8,7 @@ for that and not for production: the fastest of two runs may differ, and with it
 
 import math
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
-from triton.testing import do_bench
 
 from .triton_tuned import TUNED
 
 Choice = TypeVar("Choice", bound=tuple)  # a named tuple of numbers
 Row = TypeVar("Row")
+FLUSH_BYTES = 1 << 28  # beyond the L2 cache of any GPU
 ANY = 0  # the architecture of a row that stands for all without one of their own
 
 
@@ -42,16 +43,16 @@ _chosen: dict[Key, Any] = {}
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` treats fp32: "tf32x3" (fp32-accurate, three MMAs) at PyTorch's "highest", else "tf32".
+    """How `tl.dot` treats fp32: "fp16x3" (fp32-accurate, three MMAs) at PyTorch's "highest", else "tf32".
 
     fp16 and bf16 have tensor cores of their own and ignore it.
     """
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if exact else "tf32"
+    return "fp16x3" if exact else "tf32"
 
 
 def arithmetic_of(dtype: torch.dtype) -> str:
-    """The arithmetic of products: "half" (fp16 and bf16), "tf32" or "tf32x3"."""
+    """The arithmetic of products: "half" (fp16 and bf16), "tf32" or "fp16x3"."""
     return input_precision(dtype) if dtype == torch.float32 else "half"
 
 
@@ -97,7 +98,7 @@ def launch_choice(key: Key, default: Callable[[Key], Choice], candidates: Callab
     Args:
         key: printed as it is.
         run: launches the kernel with a choice; called many times, so it must leave nothing behind.
-        timer: milliseconds of a call; None is `triton.testing.do_bench`, which needs a GPU.
+        timer: milliseconds of a call; None times CUDA graphs, which needs a GPU.
 
     A candidate that the GPU has no room for, or that cannot be compiled, is left out. Raises RuntimeError while a
     CUDA graph is captured.
@@ -113,8 +114,26 @@ def launch_choice(key: Key, default: Callable[[Key], Choice], candidates: Callab
     return _chosen[key]
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    return do_bench(run, warmup=5, rep=40, return_mode="median")
+def _milliseconds(run: Callable[[], object], rounds: int = 15) -> float:
+    """The median time of a CUDA graph of `run`: of launches one by one the host's own time would be measured. What is
+    in the L2 cache is overwritten before each."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    flush, times = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda"), []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        stop.record()
+        times.append((start, stop))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in times)
 
 
 def time_of(choice: Choice, run: Callable[[Choice], object], timer: Callable[[Callable[[], object]], float]) -> float:

@@ -10,6 +10,7 @@ import triton.language as tl
 from .triton_support import CAPABILITIES, Spec
 
 COLUMNS, ROWS, WARPS = 128, 32, 4  # of a program, of those at a time
+FOLDED = 64  # parts that many are first folded into
 
 
 @triton.jit
@@ -32,6 +33,39 @@ def sum_kernel(
     tl.store(out1 + (column - N0), found, mask=(column >= N0) & (column < N0 + N1))
     tl.store(out2 + (column - N0 - N1), found, mask=(column >= N0 + N1) & (column < N0 + N1 + N2))
     tl.store(out3 + (column - N0 - N1 - N2), found, mask=(column >= N0 + N1 + N2) & (column < width))
+
+
+@triton.jit
+def fold_kernel(
+    partial,  # fp32 [parts, WIDTH], contiguous
+    out,  # fp32 [programs, WIDTH], contiguous
+    parts,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Sums of every programs-th part: one row of `out` for each program."""
+    column = tl.arange(0, PADDED)
+    total = tl.zeros((ROWS, PADDED), tl.float32)
+    for first in range(tl.program_id(0), parts, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS) * tl.num_programs(0)
+        mask = (row < parts)[:, None] & (column < WIDTH)[None, :]
+        total += tl.load(partial + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+    tl.store(out + tl.program_id(0) * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)
+
+
+def sum_rows(partial: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension of fp32 [parts, ...], many short ones, in a fixed order: two launches, where one
+    would have a few programs add all parts. Rows are of 4096 elements at most; no parts give zeros."""
+    width = partial[0].numel() if len(partial) else 0
+    if not width:
+        return partial.sum(0)
+    for programs in (FOLDED, 1) if len(partial) > FOLDED else (1,):
+        out = partial.new_empty((programs, *partial.shape[1:]))
+        padded = triton.next_power_of_2(width)
+        with torch.cuda.device_of(partial):
+            fold_kernel[(programs,)](partial, out, len(partial), WIDTH=width, PADDED=padded,
+                                     ROWS=max(1, min(32, 8192 // padded)), num_warps=WARPS)
+        partial = out
+    return partial[0]
 
 
 def sum_parts(partial: torch.Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[torch.Tensor]:

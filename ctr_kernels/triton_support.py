@@ -27,27 +27,64 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the int
 
 
 @triton.jit
-def _high_part(x):
-    """x rounded to the 11 significant bits of TF32, ties away from zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def _split(x):
+    """fp32 x = (high + low) / scale in two fp16 tiles, with a power of two that brings the largest |x| to [2^14, 2^15):
+    of the tile, or of each matrix of a 3-D one.
+
+    high and low hold 22 bits of an element of 2^-17 times the largest or more, and 2^-39 of the largest below that. An
+    infinite element, or a NaN, makes all products of the tile NaN. Returns high, low and 1 / scale.
+    """
+    if len(x.shape) == 3:
+        largest = tl.max(tl.max(tl.abs(x), 2, keep_dims=True), 1, keep_dims=True).to(tl.int32, bitcast=True)
+    else:
+        largest = tl.max(tl.reshape(tl.abs(x), (x.numel,)), 0).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(largest >> 23, 15)  # biased; below it the scale would overflow
+    scaled = x * ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    return high, low, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """What `product` takes of a tile: worth having where a tile is a factor of several products."""
+    if PRECISION == "fp16x3":
+        return _split(x)
+    else:
+        return x, x, 1.0
+
+
+@triton.jit
+def turned(x):
+    """The transpose of an operand, which costs nothing."""
+    return tl.trans(x[0]), tl.trans(x[1]), x[2]
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32 of two operands, 2-D or 3-D; acc may be None. PRECISION: `triton_launch.input_precision`.
+
+    "fp16x3": a_high b_high + a_low b_high + a_high b_low of `_split`, an error of about 2^-23 of each product at twice
+    the rate of TF32, with operands that tensor cores take transposed, too. Tensor cores cut off what does not fit into
+    their sums (Ootomo and Yokota 2022), so that only the products of one call are summed there, and acc outside.
+    """
+    if PRECISION == "fp16x3":
+        total = tl.dot(a[1], b[0])
+        total = tl.dot(a[0], b[1], total)
+        total = tl.dot(a[0], b[0], total) * a[2] * b[2]
+        if acc is None:
+            acc = total
+        else:
+            acc += total
+    else:
+        acc = tl.dot(a[0], b[0], acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in fp32, 2-D or 3-D; acc may be None. PRECISION as `triton_launch.input_precision` gives it.
-
-    "tf32x3" splits x = high + low, both exact in TF32 but for the last bit of low, and leaves out low low: an error
-    below 2^-22 of each product. Triton's own tf32x3 does the same and guards infinities besides, with more than twice
-    the instructions; here an infinite element gives NaN.
-    """
-    if PRECISION == "tf32x3":
-        a_high, b_high = _high_part(a), _high_part(b)
-        acc = tl.dot(a - a_high, b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b - b_high, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+    """`product` of two tiles, that is a b in fp32 plus acc, which may be None."""
+    return product(operand(a, PRECISION), operand(b, PRECISION), acc, PRECISION)
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -15,6 +17,7 @@ from parity import ffn_inputs
 from torch import nn
 
 from ctr_kernels import EmbeddingTable, TransformerLayer, ffn, field_attention
+from ctr_kernels.triton_launch import _search as SEARCH
 from ctr_kernels.triton_launch import time_of
 from ctr_models import MODELS
 from ctr_models.tokenizer import FeatureTokenizer
@@ -69,7 +72,8 @@ def tuning(scale: Scale) -> None:
         with patch("ctr_kernels.triton_launch._search", partial(compile_some, first, parts)):
             tuned_work(scale)
         return
-    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_launch._milliseconds", one_call):
+    with nullcontext() if scale.is_gpu else patch("ctr_kernels.triton_launch._milliseconds", one_call), \
+            patch("ctr_kernels.triton_launch._search", without_bad):
         tuned_work(scale)
 
 
@@ -89,10 +93,33 @@ def tuned_work(scale: Scale) -> None:
 
 def compile_some(first: int, parts: int, key: Any, default: Any, candidates: Iterable[Any], run: Callable[[Any], object],
                  timer: Any) -> Any:
-    """In place of the search: launches every `parts`-th candidate once, and chooses the default."""
+    """In place of the search: launches every `parts`-th candidate once, and chooses the default.
+
+    An illegal access ends all use of the device by a process: $CTR_TUNING_BAD is a folder in which each candidate has a
+    file while it runs, so that the next process, and the search, leave out what is left there.
+    """
     for choice in list(dict.fromkeys((default, *candidates)))[first % parts::parts]:
-        time_of(choice, run, one_call)
+        if tried(key, choice) is None or not tried(key, choice).exists():
+            if tried(key, choice) is not None:
+                tried(key, choice).touch()
+            time_of(choice, run, one_call)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if tried(key, choice) is not None:
+                tried(key, choice).unlink()
     return default
+
+
+def tried(key: Any, choice: Any) -> Path | None:
+    """The file of a candidate that is being tried; None without $CTR_TUNING_BAD."""
+    folder = os.environ.get("CTR_TUNING_BAD")
+    return Path(folder, re.sub(r"\W+", "-", f"{tuple(key)}-{tuple(choice)}")) if folder else None
+
+
+def without_bad(key: Any, default: Any, candidates: Iterable[Any], *rest: Any) -> Any:
+    """The search, without candidates that ended a process."""
+    good = [choice for choice in candidates if tried(key, choice) is None or not tried(key, choice).exists()]
+    return SEARCH(key, default, good, *rest)
 
 
 def one_call(run: Callable[[], object]) -> float:

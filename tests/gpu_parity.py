@@ -88,10 +88,25 @@ def arithmetic(precision: str, scale: Scale) -> Iterator[torch.dtype]:
 
 
 def compare(kernel: Callable, reference: Callable, inputs: Tensors, grad_out: torch.Tensor, precision: str) -> None:
-    """The parity rule of parity.py on the inputs' device."""
+    """The parity rule of parity.py on the inputs' device; and the same bits in a second run.
+
+    PyTorch multiplies many a shape in fp32 where it might in TF32: there eager's error is that of bfloat16, whose
+    factors have 8 bits in place of 11, divided by 8, if that is larger.
+    """
     found, eager = with_gradients(kernel, inputs, grad_out), with_gradients(reference, inputs, grad_out)
     exact = with_gradients(reference, [x.double() for x in inputs], grad_out.double())
-    assert_parity(found, eager, exact, UNITS.get(precision, FP32_UNIT))
+    if precision == "tf32":
+        coarse = with_gradients(reference, [x.bfloat16() for x in inputs], grad_out)
+        eager = [e if (e - x).abs().max() > (c - x).abs().max() / 8 else (x + (c - x) / 8).to(e.dtype)
+                 for e, c, x in zip(eager, coarse, exact, strict=True) if x.numel()] or eager
+    where = f"inputs {', '.join(str(tuple(x.shape)) for x in inputs)}"
+    try:
+        assert_parity(found, eager, exact, UNITS.get(precision, FP32_UNIT))
+    except AssertionError as error:
+        raise AssertionError(f"{error}; {where}") from None
+    again = with_gradients(kernel, inputs, grad_out)
+    different = [i for i, (a, b) in enumerate(zip(found, again, strict=True)) if not torch.equal(a, b)]
+    assert not different, f"tensors {different} have other bits in a second run; {where}"
 
 
 def attention(scale: Scale, precision: str) -> None:

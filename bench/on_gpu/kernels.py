@@ -11,9 +11,9 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from ctr_train.optim import make_optimizers, update
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 BATCH, FIELDS, DIM, HEADS, HIDDEN = 4096, 27, 64, 4, 256
+OURS = "^(forward|backward|token|weight|chunk|close|sum|fold|query|sliced|blocked|_row|_weight|_forward).*_?kernel$"
 STALL = "smsp__average_warps_issue_stalled_"
 # Column of ncu -> ours. Rates are shares of the peak over the kernel's time.
 COUNTERS = {
     "gpu__time_duration.sum": "time",
-    "dram__bytes_read.sum": "read",
-    "dram__bytes_write.sum": "written",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor cores %",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
     "l1tex__throughput.avg.pct_of_peak_sustained_active": "L1 %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
@@ -46,7 +46,6 @@ COUNTERS = {
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
     "launch__registers_per_thread": "registers",
     "launch__waves_per_multiprocessor": "waves",
-    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
 }
 
 
@@ -72,7 +71,7 @@ def work(precision: str, batch: int) -> dict[str, Callable[[], Any]]:
 
 
 def profiled(precision: str, rounds: int = 5) -> list[dict[str, Any]]:
-    """Microseconds and launches of every kernel in a call of each piece of work, the longest first."""
+    """Microseconds of every kernel in a call of each piece of work, in order."""
     found = []
     for name, call in work(precision, BATCH).items():
         for _ in range(3):
@@ -82,13 +81,12 @@ def profiled(precision: str, rounds: int = 5) -> list[dict[str, Any]]:
             for _ in range(rounds):
                 call()
             torch.cuda.synchronize()
-        times: dict[str, list[float]] = defaultdict(list)
-        for event in profile.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                times[event.name].append(event.device_time)
-        for kernel, each in sorted(times.items(), key=lambda item: -sum(item[1])):
-            found.append({"precision": precision, "work": name, "kernel": kernel, "us": sum(each) / rounds,
-                          "launches": len(each) / rounds})
+        events = sorted((event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA),
+                        key=lambda event: event.time_range.start)
+        each = len(events) // rounds  # a call launches the same kernels every time
+        for i, event in enumerate(events[:each]):
+            same = [event.device_time for event in events[i::each]]
+            found.append({"precision": precision, "work": name, "kernel": event.name, "us": statistics.median(same)})
     return found
 
 
@@ -110,7 +108,7 @@ def counted(precision: str, raw: Path) -> list[dict[str, Any]]:
                 "LaunchStats")
     command = [shutil.which("ncu") or "ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv",
                "--page", "raw", "--print-units", "base",
-               *(part for section in sections for part in ("--section", section)),
+               "--kernel-name", f"regex:{OURS}", *(part for section in sections for part in ("--section", section)),
                sys.executable, __file__, "--launch", precision]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ)
     raw.write_text(done.stdout + done.stderr)
@@ -154,7 +152,7 @@ def main() -> int:
         options.json.write_text(json.dumps(found))
     for row in found["profile"]:
         if row["us"] >= 1:
-            print(f"{row['precision']} {row['work']:10} {row['us']:8.1f} us {row['launches']:5.1f} x {row['kernel'][:90]}")
+            print(f"{row['precision']} {row['work']:10} {row['us']:8.1f} us {row['kernel'][:90]}")
     for precision in PRECISIONS if shutil.which("ncu") and not options.rehearse else ():
         found["counters"] += counted(precision, options.json.with_name(f"ncu-{precision}.csv"))
         options.json.write_text(json.dumps(found))

@@ -247,7 +247,7 @@ def aot_specs() -> list[Spec]:
 
 def _spec(direction: str, queries: int, fields: int, head_dim: int, tuned: bool, dtype: torch.dtype, cc: int) -> Spec:
     """One kernel, as `_run` launches it; fp32 at "highest" precision, which takes the most registers."""
-    kind, precision = ("fp32", "tf32x3") if dtype == torch.float32 else ("bf16", "tf32")
+    kind, precision = ("fp32", "fp16x3") if dtype == torch.float32 else ("bf16", "tf32")
     key = launch_key(direction, queries, fields, head_dim, dtype, cc)._replace(
         arithmetic="half" if kind == "bf16" else precision)
     launch = table_choice(key, default)

@@ -1,6 +1,6 @@
 """The kernels of attention over fields that take SLICE columns of a head at a time: triton_kernels.py in less space.
 
-S and P stay in registers as there. The loops keep their invariants inside: a map's operand, in two parts at "tf32x3",
+S and P stay in registers as there. The loops keep their invariants inside: a map's operand, in two parts at "fp16x3",
 would fill the registers.
 """
 

@@ -242,7 +242,7 @@ def aot_specs() -> list[Spec]:
     """
     specs = []
     kernels = {"forward": _forward_kernel, "row": _row_kernel, "weight": _weight_kernel}
-    shapes = [*itertools.product(("tf32x3", "tf32", "half"), (429, 624, 2496), (32,)), ("tf32x3", 624, 64)]
+    shapes = [*itertools.product(("fp16x3", "tf32", "half"), (429, 624, 2496), (32,)), ("fp16x3", 624, 64)]
     for (arithmetic, width, rank), (name, kernel), cc in itertools.product(shapes, kernels.items(), CAPABILITIES):
         tile = table_choice(Key("cross", name, (width, block_of(rank)), arithmetic, cc), default)
         constexprs = {"W": width, "R": rank, "RP": block_of(rank), "BN": tile.columns, "BM": tile.rows,

@@ -40,7 +40,7 @@ import triton
 from ..philox import threshold
 from ..triton_launch import ANY, Key, capability, input_precision, launch_choice, multiprocessors, table_choice
 from ..triton_norm import NORMS
-from ..triton_sums import sum_parts, sum_spec
+from ..triton_sums import sum_parts, sum_rows, sum_spec
 from ..triton_support import CAPABILITIES, Spec
 from .reference import ACTIVATIONS, GATED
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
@@ -68,8 +68,8 @@ def _key(kernel: str, x: Tensor, w1: Tensor, w2: Tensor, norm: int, activation: 
 
 
 def programs_a_slice(tile: Tile, tokens: int, hidden: int, device: torch.device) -> int:
-    """How many programs share a slice of the weight kernel: as many as run at once, at 8 warps a multiprocessor."""
-    at_once = multiprocessors(device) * (8 // tile.warps) // triton.cdiv(hidden, tile.units)
+    """How many programs share a slice of the weight kernel: as many as run at once."""
+    at_once = multiprocessors(device) * (tile.resident or 8 // tile.warps) // triton.cdiv(hidden, tile.units)
     return max(1, min(at_once, triton.cdiv(tokens, tile.tokens)))
 
 
@@ -113,7 +113,7 @@ def grad_tokens(dy: Tensor, x: Tensor, z: Tensor | None, weights: tuple[Any, ...
             _launch(token_kernel, tile, programs,
                     (dy, x, z, w1, b1, w2, norm_weight, norm_bias, seed, dx, dz, partial), w2.shape[1], settings,
                     input_precision(w1.dtype))
-        return partial.sum(0) if norm else partial.new_empty(0)
+        return sum_rows(partial) if norm else partial.new_empty(0)
 
     return dx, dz, run(launch_choice(_key("token", x, w1, w2, norm, activation), default, candidates, run))
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_norm import NONE, POST, PRE, normalise, normalise_backward, row_statistics, vector
-from ..triton_support import dot
+from ..triton_support import dot, operand, product, turned
 from .triton_products import (
     activate,
     bias_of,
@@ -45,13 +45,16 @@ def forward_kernel(
                 mean, scale = row_statistics(tile_x.to(tl.float32), column, eps, D)
         tile_x = tile_x.to(w1.dtype.element_ty)
     total = tl.zeros((BM, DP), tl.float32)
+    rows_x = 0
+    if DS == DP:
+        rows_x = operand(tile_x, PRECISION)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
-        tile_a, tile_b = 0, 0
+        rows_a, rows_b = 0, 0
         if DS == DP:
-            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+            rows_a = operand(units_of(w1, first, column, 0, D, HIDDEN, BH), PRECISION)
             if ACTIVATION >= 3:
-                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
-        a, b = first_products(tile_x, tile_a, tile_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
+                rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
+        a, b = first_products(rows_x, rows_a, rows_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
                               tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
         hidden, _, _ = activate(a, b, ACTIVATION)
         if DROPOUT:
@@ -109,27 +112,33 @@ def token_kernel(
                 tl.debug_barrier()  # dz again: other threads of the program have written what this one reads
         tile_dy = tile_dy.to(w1.dtype.element_ty)
     total = tl.zeros((BM, DP), tl.float32)
+    rows_x, rows_dy = 0, 0
+    if DS == DP:
+        rows_x = operand(tile_x, PRECISION)
+        rows_dy = operand(tile_dy, PRECISION)
     for first in tl.range(0, HIDDEN, BH, num_stages=STAGES if DS == DP else 1, disable_licm=DS < DP):
-        tile_a, tile_b = 0, 0
+        rows_a, rows_b = 0, 0
         if DS == DP:
-            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+            rows_a = operand(units_of(w1, first, column, 0, D, HIDDEN, BH), PRECISION)
             if ACTIVATION >= 3:
-                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
-        a, b = first_products(tile_x, tile_a, tile_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
+                rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
+        a, b = first_products(rows_x, rows_a, rows_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
                               tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
         _, slope_a, slope_b = activate(a, b, ACTIVATION)
         if DROPOUT:
             kept = multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
             slope_a *= kept
             slope_b *= kept
-        grad = hidden_gradient(tile_dy, source, w2, start, first, tokens, D, DP, DS, HIDDEN, PRECISION, BM, BH, STAGES)
+        grad = hidden_gradient(rows_dy, source, w2, start, first, tokens, D, DP, DS, HIDDEN, PRECISION, BM, BH, STAGES)
         if DS < DP:
-            tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
-        total = dot((grad * slope_a).to(w1.dtype.element_ty), tile_a, total, PRECISION)
+            rows_a = operand(units_of(w1, first, column, 0, D, HIDDEN, BH), PRECISION)
+        da = operand((grad * slope_a).to(w1.dtype.element_ty), PRECISION)
+        total = product(da, rows_a, total, PRECISION)
         if ACTIVATION >= 3:
             if DS < DP:
-                tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
-            total = dot((grad * slope_b).to(w1.dtype.element_ty), tile_b, total, PRECISION)
+                rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
+            db = operand((grad * slope_b).to(w1.dtype.element_ty), PRECISION)
+            total = product(db, rows_b, total, PRECISION)
     if NORM == PRE:  # x and dy again, from the cache
         tile = tl.load(x + start * D + offsets, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         total, sum_weight, sum_bias = normalise_backward(tile, total, norm_weight, column, eps, D)
@@ -167,10 +176,10 @@ def weight_kernel(
     row, column, unit = tl.arange(0, BM), tl.arange(0, DP), first + tl.arange(0, BH)
     offsets = row[:, None] * D + column[None, :]
     if DS == DP:
-        tile_a = units_of(w1, first, column, 0, D, HIDDEN, BH)
+        rows_a = operand(units_of(w1, first, column, 0, D, HIDDEN, BH), PRECISION)
         if GATED:
-            tile_b = units_of(w1, first, column, 1, D, HIDDEN, BH)
-        tile_w2 = tl.trans(columns_of(w2, first, column, D, HIDDEN, BH))
+            rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
+        rows_2 = operand(tl.trans(columns_of(w2, first, column, D, HIDDEN, BH)), PRECISION)
     bias_a = bias_of(b1, first, 0, HIDDEN, BH)[:, None]
     if GATED:
         bias_b = bias_of(b1, first, 1, HIDDEN, BH)[:, None]
@@ -186,19 +195,23 @@ def weight_kernel(
         inside = (row < tokens - start)[:, None] & (column < D)[None, :]
         tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
         tile_dy = tl.load(dy + start * D + offsets, mask=inside, other=0.0).to(w1.dtype.element_ty)
+        if LAYERS & 2:
+            if first == 0:
+                db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
         mean, scale = 0, 0
         if NORM == PRE:
             if DS < DP:
                 mean, scale = row_statistics(tile_x.to(tl.float32), column, eps, D)
             tile_x = normalise(tile_x, norm_weight, norm_bias, column, eps, D)
-        tile_x = tile_x.to(w1.dtype.element_ty)
+        rows_x = operand(tile_x.to(w1.dtype.element_ty), PRECISION)
+        rows_dy = operand(tile_dy, PRECISION)
         if DS == DP:  # transposed, so that hidden and da are left operands as they come out: [BH, BM]
-            a = dot(tile_a, tl.trans(tile_x), None, PRECISION) + bias_a
+            a = product(rows_a, turned(rows_x), None, PRECISION) + bias_a
             b = a
             if GATED:
-                b = dot(tile_b, tl.trans(tile_x), None, PRECISION) + bias_b
+                b = product(rows_b, turned(rows_x), None, PRECISION) + bias_b
         else:
-            a, b = first_products(tile_x, 0, 0, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D,
+            a, b = first_products(rows_x, 0, 0, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D,
                                   DP, DS, HIDDEN, NORM, GATED, PRECISION, BM, BH, STAGES)
             a, b = tl.trans(a), tl.trans(b)
         hidden, slope_a, slope_b = activate(a, b, ACTIVATION)
@@ -207,24 +220,22 @@ def weight_kernel(
             hidden *= kept
             slope_a *= kept
             slope_b *= kept
+        if LAYERS & 2:
+            dw2 = product(operand(hidden.to(w1.dtype.element_ty), PRECISION), rows_dy, dw2, PRECISION)
         if LAYERS & 5:
             if DS == DP:
-                grad = dot(tile_w2, tl.trans(tile_dy), None, PRECISION)
+                grad = product(rows_2, turned(rows_dy), None, PRECISION)
             else:
-                grad = tl.trans(hidden_gradient(tile_dy, dy, w2, start, first, tokens, D, DP, DS, HIDDEN, PRECISION, BM,
+                grad = tl.trans(hidden_gradient(rows_dy, dy, w2, start, first, tokens, D, DP, DS, HIDDEN, PRECISION, BM,
                                                 BH, STAGES))
         if LAYERS & 1:
             da = grad * slope_a
             dba += tl.sum(da, axis=1)
-            dwa = dot(da.to(tile_x.dtype), tile_x, dwa, PRECISION)
+            dwa = product(operand(da.to(w1.dtype.element_ty), PRECISION), rows_x, dwa, PRECISION)
         if LAYERS & 4:
             db = grad * slope_b
             dbb += tl.sum(db, axis=1)
-            dwb = dot(db.to(tile_x.dtype), tile_x, dwb, PRECISION)
-        if LAYERS & 2:
-            dw2 = dot(hidden.to(tile_x.dtype), tile_dy, dw2, PRECISION)
-            if first == 0:
-                db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
+            dwb = product(operand(db.to(w1.dtype.element_ty), PRECISION), rows_x, dwb, PRECISION)
     partial += part.to(tl.int64) * (ROWS * D + D * HIDDEN + ROWS + D)
     inside = (unit < HIDDEN)[:, None] & (column < D)[None, :]
     biases = partial + (ROWS * D + D * HIDDEN)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_norm import PRE, normalise_by
-from ..triton_support import dot, dropout_multipliers
+from ..triton_support import dot, dropout_multipliers, operand, product, turned
 
 
 @triton.jit
@@ -110,8 +110,8 @@ def _part(x, start, tokens, column, D: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def first_products(
-    tile_x,  # [BM, DP], normalised if PRE; not read where DS < DP
-    tile_a, tile_b,  # [BH, DP], the slice's rows of w1, gated of both halves; not read where DS < DP
+    rows_x,  # operand of [BM, DP], normalised if PRE; not read where DS < DP
+    rows_a, rows_b,  # operands of [BH, DP], the slice's rows of w1, gated of both halves; not read where DS < DP
     x, mean, scale, norm_weight, norm_bias,  # read where DS < DP: the tokens again, and the statistics of PRE [BM, 1]
     w1, b1, start, first, tokens,
     D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr, HIDDEN: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr,
@@ -119,9 +119,9 @@ def first_products(
 ):
     """A = [LN](X) W1^T + b1 of both halves of w1, fp32 [BM, BH] each; without a gate the second is the first."""
     if DS == DP:
-        a = dot(tile_x, tl.trans(tile_a), None, PRECISION)
+        a = product(rows_x, turned(rows_a), None, PRECISION)
         if GATED:
-            b = dot(tile_x, tl.trans(tile_b), None, PRECISION)
+            b = product(rows_x, turned(rows_b), None, PRECISION)
     else:
         a = tl.zeros((BM, BH), tl.float32)
         b = tl.zeros((BM, BH), tl.float32)
@@ -144,7 +144,7 @@ def first_products(
 
 @triton.jit
 def hidden_gradient(
-    tile_dy,  # [BM, DP]; not read where DS < DP
+    rows_dy,  # operand of [BM, DP]; not read where DS < DP
     dy,  # [tokens, D], contiguous; read where DS < DP
     w2, start, first, tokens,
     D: tl.constexpr, DP: tl.constexpr, DS: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,7 +152,8 @@ def hidden_gradient(
 ):
     """dH = dY W2, fp32 [BM, BH]."""
     if DS == DP:
-        return dot(tile_dy, columns_of(w2, first, tl.arange(0, DP), D, HIDDEN, BH), None, PRECISION)
+        return product(rows_dy, operand(columns_of(w2, first, tl.arange(0, DP), D, HIDDEN, BH), PRECISION), None,
+                       PRECISION)
     total = tl.zeros((BM, BH), tl.float32)
     for base in tl.range(0, D, DS, num_stages=STAGES, disable_licm=True):
         column = base + tl.arange(0, DS)

@@ -39,7 +39,7 @@ from ..triton_launch import (
     table_choice,
 )
 from ..triton_norm import NORMS
-from ..triton_sums import sum_parts
+from ..triton_sums import sum_parts, sum_rows
 from ..triton_support import CAPABILITIES, Spec
 from .triton_kernels import forward_kernel, token_kernel, weight_kernel
 
@@ -48,7 +48,8 @@ KERNELS = {"forward": forward_kernel, "token": token_kernel, "weight": weight_ke
 
 
 class Tile(NamedTuple):
-    """A launch configuration: tokens and outputs at a time, warps, and inputs at a time in the forward kernel (0: all).
+    """A launch configuration: tokens and outputs at a time, warps, inputs at a time in the forward kernel (0: all), tiles
+    in flight while one is worked on, and of the weight kernel programs that share a multiprocessor (0: 8 warps' worth).
 
     Where a norm takes the outputs of the forward kernel, it has all of them at once.
     """
@@ -57,6 +58,8 @@ class Tile(NamedTuple):
     outputs: int
     warps: int
     inputs: int = 0
+    stages: int = 3
+    resident: int = 0
 
 
 class Linear(NamedTuple):
@@ -71,12 +74,12 @@ class Linear(NamedTuple):
 # By kernel, arithmetic ("half": fp16 and bf16), inputs as a tile has them, and architecture.
 DEFAULT = {64: Tile(64, 64, 8), 128: Tile(32, 64, 8, 64), 256: Tile(32, 32, 8, 32)}
 TILES: dict[tuple, Tile] = {
-    **{("weight", arithmetic, 64, ANY): Tile(32, 64, 8) for arithmetic in ("half", "tf32", "tf32x3")},
+    **{("weight", arithmetic, 64, ANY): Tile(32, 64, 8) for arithmetic in ("half", "tf32", "fp16x3")},
     ("weight", "tf32", 64, 90): Tile(32, 32, 8),  # with 64 outputs all loads are of 4 bytes
     ("weight", "tf32", 64, 100): Tile(32, 32, 8),
-    ("token", "tf32x3", 64, 80): Tile(32, 64, 8),  # with 64 tokens triton 3.6 spills
+    ("token", "fp16x3", 64, 80): Tile(32, 64, 8),  # with 64 tokens triton 3.6 spills
     ("forward", "half", 256, ANY): Tile(32, 32, 8, 64),  # with 32 inputs at a time loads are of 8 bytes
-    **{("weight", arithmetic, 256, ANY): Tile(16, 32, 8) for arithmetic in ("half", "tf32", "tf32x3")},
+    **{("weight", arithmetic, 256, ANY): Tile(16, 32, 8) for arithmetic in ("half", "tf32", "fp16x3")},
 }
 
 
@@ -105,8 +108,11 @@ def candidates(key: Key) -> Iterator[Tile]:
     """What a search tries."""
     width, outputs, norm = key.shape
     slices = (0,) if width == 64 else (32, 64)
-    for tile in itertools.starmap(Tile, itertools.product((16, 32, 64, 128), (32, 64, 128), (4, 8), slices)):
-        yield _whole_rows(key, tile)
+    shapes = [(32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 32, 8), (128, 64, 4),
+              (128, 64, 8)]
+    resident = (1, 2, 4) if key.kernel == "weight" else (0,)
+    for shape, columns, stages, programs in itertools.product(shapes, slices, (1, 2), resident):
+        yield _whole_rows(key, Tile(*shape, columns, stages, programs))
 
 
 def _constants(kernel: str, tile: Tile, inputs: int, outputs: int, linear: Linear) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def _constants(kernel: str, tile: Tile, inputs: int, outputs: int, linear: Linea
     own = {"forward": {"DS": min(tile.inputs, padded) or padded},
            "token": {"NP": max(tile.outputs, triton.next_power_of_2(outputs))}, "weight": {}}[kernel]
     return {"D": inputs, "DP": padded, "N": outputs, "NORM": linear.norm, "QUERIES": linear.queries,
-            "FIELDS": linear.fields, "BM": tile.tokens, "BN": tile.outputs, **own}
+            "FIELDS": linear.fields, "BM": tile.tokens, "BN": tile.outputs, "STAGES": tile.stages, **own}
 
 
 def _launch(kernel: str, tile: Tile, programs: int, tensors: tuple[Tensor | None, ...], tokens: int, weight: Tensor,
@@ -165,7 +171,7 @@ def _grad_tokens(dy: Tensor, inner: Tensor | None, extra: Tensor | None, residua
         if programs:
             _launch("token", tile, programs, (dy, inner, extra, residual, weight, norm_weight, dx, dz, partial),
                     len(dy), weight, linear)
-        return partial if norm_weight is None else partial.sum(0)
+        return partial if norm_weight is None else sum_rows(partial)
 
     return dx, dz, run(_choice("token", weight, linear, run))
 
@@ -175,7 +181,8 @@ def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, affine: Affine, linear: 
 
     def run(tile: Tile) -> list[Tensor]:
         slices = triton.cdiv(len(weight), tile.outputs)
-        parts = max(1, min(multiprocessors(x.device) * (8 // tile.warps) // slices, triton.cdiv(len(dy), tile.tokens)))
+        at_once = multiprocessors(x.device) * (tile.resident or 8 // tile.warps) // slices
+        parts = max(1, min(at_once, triton.cdiv(len(dy), tile.tokens)))
         partial = x.new_empty(parts if len(dy) else 0, weight.numel() + len(weight), dtype=torch.float32)
         if len(dy):
             _launch("weight", tile, parts * slices, (dy, x, weight, *affine, partial), len(dy), weight, linear)
@@ -245,8 +252,8 @@ def aot_specs() -> list[Spec]:
     """The three kernels of both projections, pre- and post-norm, at D = 64 and 192; at 64 without a norm and one query,
     too."""
     specs = []
-    wide = itertools.product((192,), ("half", "tf32x3"), CAPABILITIES)
-    for dim, arithmetic, cc in [*itertools.product((64,), ("half", "tf32", "tf32x3"), CAPABILITIES), *wide]:
+    wide = itertools.product((192,), ("half", "fp16x3"), CAPABILITIES)
+    for dim, arithmetic, cc in [*itertools.product((64,), ("half", "tf32", "fp16x3"), CAPABILITIES), *wide]:
         cases = [("qkv pre-norm", 3 * dim, NORMS["pre"], 0), ("out", dim, 0, 0),
                  ("out post-norm", dim, NORMS["post"], 0)]
         if dim == 64:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_norm import POST, PRE, normalise, normalise_backward, normalise_by, row_statistics, vector
-from ..triton_support import dot
+from ..triton_support import dot, operand, product, turned
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def forward_kernel(
     tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, FIELDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = [LN](x) W^T + b [+ residual], or LN of that: one tile of BM tokens, with DS columns of x at a time."""
     start = tl.program_id(0).to(tl.int64) * BM
@@ -69,11 +70,14 @@ def forward_kernel(
             else:
                 mean, scale = row_statistics(tile_x.to(tl.float32), column, eps, D)
         tile_x = tile_x.to(weight.dtype.element_ty)
-    for first in range(0, N, BN):
+    if DS == DP:
+        rows_x = operand(tile_x, PRECISION)
+    for first in tl.range(0, N, BN, num_stages=STAGES):
         unit = first + tl.arange(0, BN)
         inside = there[:, None] & (unit < N)[None, :]
         if DS == DP:
-            total = dot(tile_x, tl.trans(_rows(weight, first, column, D, N, BN)), None, PRECISION)
+            rows_w = operand(_rows(weight, first, column, D, N, BN), PRECISION)
+            total = product(rows_x, turned(rows_w), None, PRECISION)
         else:
             total = tl.zeros((BM, BN), tl.float32)
             for base in tl.range(0, D, DS):
@@ -109,6 +113,7 @@ def token_kernel(
     tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, FIELDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, NP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dX of one tile of BM tokens. NP: N rounded up to a power of two, BN at least."""
     start = tl.program_id(0).to(tl.int64) * BM
@@ -129,7 +134,7 @@ def token_kernel(
         if BN < NP:
             tl.debug_barrier()  # dz again: other threads of the program have written what this one reads
     total = tl.zeros((BM, DP), tl.float32)
-    for first in range(0, N, BN):
+    for first in tl.range(0, N, BN, num_stages=STAGES):
         unit = first + tl.arange(0, BN)
         if NORM == POST and BN == NP:
             tile_dy = grad
@@ -161,6 +166,7 @@ def weight_kernel(
     tokens, eps,
     D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, FIELDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The sums of one slice of BN outputs over a share of the tiles of tokens."""
     SLICES: tl.constexpr = (N + BN - 1) // BN
@@ -168,7 +174,7 @@ def weight_kernel(
     row, column, unit = tl.arange(0, BM), tl.arange(0, DP), first + tl.arange(0, BN)
     dw = tl.zeros((BN, DP), tl.float32)
     db = tl.zeros((BN,), tl.float32)
-    for tile in range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES):
+    for tile in tl.range(part, tl.cdiv(tokens, BM), tl.num_programs(0) // SLICES, num_stages=STAGES):
         start = tl.cast(tile, tl.int64) * BM
         there = row < tokens - start
         tile_dy = tl.load(dy + start * N + row[:, None] * N + unit[None, :], mask=there[:, None] & (unit < N)[None, :],
