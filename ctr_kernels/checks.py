@@ -1,8 +1,12 @@
 """Argument checks shared by the operations; every message quotes the offending value and the limit."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+
+from .tracing import inside_export, inside_torch_func
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -13,7 +17,42 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
+    if device == "cuda" and all(t.dtype == torch.float32 for t in tensors) and not torch.compiler.is_compiling() \
+            and not inside_torch_func() and not inside_export():
+        return cast_together(dtype, *tensors)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def cast_together(dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, of one device and dtype, in another dtype, in one launch, as are their gradients: the weights of a
+    model are many and small."""
+    found: tuple[torch.Tensor, ...] = _Cast.apply(dtype, *tensors)
+    return found
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        outs = _copied(tensors, dtype)
+        ctx.mark_non_differentiable(*(out for out, wanted in zip(outs, ctx.needs_input_grad[1:], strict=True)
+                                      if not wanted))
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # a second derivative
+            return None, *(None if grad is None else grad.to(ctx.dtype) for grad in grads)
+        there = iter(_copied([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(there) for grad in grads)
+
+
+def _copied(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    outs = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
+    if outs:
+        torch._foreach_copy_(outs, tuple(tensors))
+    return outs
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -155,8 +155,9 @@ def _search(key: Key, default: Choice, candidates: Iterable[Choice], run: Callab
     if math.isinf(times[best]):
         raise RuntimeError(f"no launch configuration of {tuple(key)} fits this GPU: {', '.join(map(str, times))} "
                            "were tried")
-    others = sorted((time, tuple(choice)) for choice, time in times.items() if choice not in (best, default))
+    others = sorted((time, tuple(choice)) for choice, time in times.items()
+                    if choice not in (best, default) and math.isfinite(time))
     print(f"    {tuple(key)}: {tuple(best)},  # {best}: {1e3 * times[best]:.1f} us; {default}: "
-          f"{1e3 * times[default]:.1f} us; then {', '.join(f'{c} {1e3 * t:.1f}' for t, c in others[:4])}",
+          f"{1e3 * times[default]:.1f} us", *(f"{choice}: {1e3 * time:.1f}" for time, choice in others[:4]), sep="; ",
           file=sys.stderr, flush=True)
     return best

@@ -161,6 +161,7 @@ class Compiled(NamedTuple):
     shared: int
     tensor_memory: int  # columns of 512, on sm_100
     ptx: str
+    ttgir: str  # Triton's own code before that
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -203,7 +204,7 @@ def compile_ahead(spec: Spec, cc: int) -> Compiled:
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
     return Compiled(used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, tensor_memory,
-                    compiled.asm["ptx"])
+                    compiled.asm["ptx"], compiled.asm["ttgir"])
 
 
 def all_specs() -> Iterator[tuple[str, Spec]]:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def run_command(command: click.Command, name: str) -> None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - until the end
         elif isinstance(getattr(sys, stream), io.TextIOWrapper):
             getattr(sys, stream).reconfigure(errors="backslashreplace")  # names that the terminal cannot write
+    # torch 2.11 says so once of any sparse tensor that is made without a check, as those of row gradients are.
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     before = signal.signal(signal.SIGTERM, raise_killed)
     try:
         code = command.main(prog_name=name, standalone_mode=False)

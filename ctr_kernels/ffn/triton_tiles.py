@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 # spill, each has its pass. (One is left: 8 bytes of the weight kernel of "fp16x3", 128, 80 with triton 3.6.)
 TILES: dict[tuple, Tiles] = {
     ("half", 64, False, 80): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(64, 32, 4)),
-    ("half", 64, False, 90): Tiles(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4, 1, 0, 2)),
+    ("half", 64, False, 90): Tiles(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4, 1, 0, 3)),
     ("half", 64, False, 100): Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 64, 8)),
     ("half", 128, False, 80): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 32, 4)),
     ("half", 128, False, 90): Tiles(Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 64, 8)),
@@ -49,7 +49,7 @@ TILES: dict[tuple, Tiles] = {
     ("tf32", 128, False, 90): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(16, 32, 4)),
     ("tf32", 128, False, 100): Tiles(Tile(128, 32, 8), Tile(64, 32, 8), Tile(32, 32, 8)),
     ("fp16x3", 64, False, 80): Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 8)),
-    ("fp16x3", 64, False, 90): Tiles(Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 64, 4, 1, 0, 2)),
+    ("fp16x3", 64, False, 90): Tiles(Tile(64, 64, 4), Tile(64, 64, 4, 1), Tile(32, 128, 8, 1)),
     ("fp16x3", 64, False, 100): Tiles(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
     ("fp16x3", 128, False, 80): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8, stages=1), (1, 2)),
     ("fp16x3", 128, False, 90): Tiles(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8), (1, 2)),

@@ -83,7 +83,8 @@ def test_the_fastest_is_chosen_once_and_printed(monkeypatch: pytest.MonkeyPatch,
     assert found == tiles(2, 2)
     assert clock.runs == [1, 2, 3, 4, 5, 6]  # the default is timed once; 4 does not fit, 5 and 6 do not compile
     assert capsys.readouterr().err == ("    ('attention', 'forward', (32, 16), 'half', 90): (2, 4),  "
-                                       "# Tile(rows=2, warps=4): 9.0 us; Tile(rows=1, warps=4): 12.0 us\n")
+                                       "# Tile(rows=2, warps=4): 9.0 us; Tile(rows=1, warps=4): 12.0 us; "
+                                       "(3, 4): 10.0\n")
     assert choose(3, [], clock, KEY._replace(architecture=80)) == Tile(3) and clock.runs[-1] == 3
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import pytest
 
 pytest.importorskip("triton")
+from triton_buffers import refilled  # noqa: E402
+
 from ctr_kernels.triton_support import CAPABILITIES, KERNEL_MODULES, Compiled, Spec, compile_all  # noqa: E402
 
 ALL = os.environ.get("CTR_KERNELS_ALL_CONFIGURATIONS") == "1"
@@ -60,3 +62,28 @@ def test_memory_is_read_and_written_16_bytes_a_thread(results: list[Result]) -> 
             assert set(stores) == {16} or r.spec.constexprs["Q"] == 1, (r, stores)
         elif r.spec.constexprs.get("W", 16) % 16 == 0 and head_dim % 8 == 0 and "sum_kernel" not in r.spec.name:
             assert loads[16], (r, loads)
+
+
+LOOP = """
+    %x = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x32x64xbf16, #shared, #smem, mutable>
+    %last:2 = scf.for %i = %0 to %n step %1 iter_args(%sum = %zero, %token = %first) -> (tensor<64x64xf32, #mma>) {{
+      %tile = ttg.memdesc_index %x[%slot] : !ttg.memdesc<1x32x64xbf16, #shared, #smem, mutable>
+      %sum_2 = ttng.warp_group_dot %a, %tile, %sum {{isAsync = true}} : tensor<64x32xbf16> -> tensor<64x64xf32, #mma>
+      {wait}
+      %next = ttg.memdesc_index %x[%slot_2] : !ttg.memdesc<1x32x64xbf16, #shared, #smem, mutable>
+      %copy = ttg.async_copy_global_to_local %pointers, %next mask %m : tensor<32x64x!tt.ptr<bf16>> -> <32x64xbf16>
+      scf.yield %sum_2, %copy : tensor<64x64xf32, #mma>, !ttg.async.token
+    }} loc(#loc1)
+"""
+
+
+@pytest.mark.parametrize(("buffers", "pendings", "found"), [(1, None, {"%x"}), (1, 1, {"%x"}), (1, 0, set()),
+                                                            (2, None, {"%x"}), (2, 1, set()), (3, 1, set())])
+def test_a_buffer_that_is_refilled_too_early_is_found(buffers: int, pendings: int | None, found: set[str]) -> None:
+    wait = "" if pendings is None else f"%w = ttng.warp_group_dot_wait %sum_2 {{pendings = {pendings} : i32}}"
+    assert refilled(LOOP.format(buffers=buffers, wait=wait)) == found
+
+
+def test_no_buffer_is_refilled_while_a_product_may_read_it(results: list[Result]) -> None:
+    assert sum("warp_group_dot" in r.compiled.ttgir for r in results) > 20
+    assert {str(r): names for r in results if (names := refilled(r.compiled.ttgir))} == {}
