@@ -1,9 +1,10 @@
-"""`make gpu`: everything that needs an NVIDIA GPU, in one call that ends within ten minutes, network or not.
+"""`make gpu`: everything that needs an NVIDIA GPU, in half an hour at most, network or not.
 
 Correctness first, five processes side by side: the build from a copy of the tree, parity at full size, and the
 kernels under compute-sanitizer. Then, one at a time: the training step as a CUDA graph, and the timings. A part that
 fails or runs out of time costs the others nothing. After each part gpu.json and gpu.md are written anew under $OUT
 (default: out/); gpu.log has what the parts printed. The last thing printed is a table of the bars and what was found.
+`--parts checks` and `--parts speed` are the two halves of it, for a GPU that is there for ten minutes at a time.
 
 `--rehearse` does the same on a CPU, tiny, in Triton's interpreter: it shows that everything runs, and no figure.
 """
@@ -35,7 +36,7 @@ BESIDE = {
     "racecheck": ((*CHECKS, "--group", "launches", "--tiny"), 150),
 }
 ALONE = {
-    "tuning": ((*CHECKS, "--group", "tuning"), 36_000),  # with --autotune alone, which may take --seconds
+    "tuning": (("bench/on_gpu/tune.py",), 36_000),  # with --autotune alone, which may take --seconds
     "training": ((*CHECKS, "--group", "training"), 120),
     "recipes": (("bench/on_gpu/recipes.py",), 90),
     "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 100),
@@ -52,6 +53,8 @@ ALONE = {
     "kernels": (("bench/on_gpu/kernels.py",), 90),
 }
 SANITIZERS = ("memcheck", "racecheck")
+HALVES = {"checks": [*BESIDE, "training", "recipes"],
+          "speed": [name for name in ALONE if name.startswith(("speed", "kernels"))]}
 GRACE = 15.0  # seconds kept for the end
 
 
@@ -93,8 +96,6 @@ class Session:
             variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else a stray access lands in memory that is cached
         if name == "recipes" and self.data:
             command += ["--data", self.data]
-        if name == "tuning":
-            variables["CTR_KERNELS_AUTOTUNE"] = "1"
         log = open(self.scratch / (name.replace(" ", "-") + ".log"), "w")  # noqa: SIM115 (the process writes to it)
         process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT,
                                    start_new_session=True)
@@ -213,18 +214,19 @@ def main() -> int:
     parts = [*BESIDE, *ALONE]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter; no figures")
-    parser.add_argument("--parts", default="", help=f"comma-separated, of: {', '.join(parts)}; default: all")
+    parser.add_argument("--parts", default="", help=f"comma-separated, of: {', '.join([*HALVES, *parts])}; default: all")
     parser.add_argument("--autotune", action="store_true",
                         help="only search launch configurations; gpu.log has the lines for "
                              "ctr_kernels/triton_tuned.py, of as many kernels as --seconds allow")
     parser.add_argument("--data", help="raw rows for the part recipes; default: synthetic ones")
-    parser.add_argument("--seconds", type=float, default=570.0, help="of the whole call")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of the whole call")
     options = parser.parse_args()
     default = ["tuning"] if options.autotune else [name for name in parts if name != "tuning"]
-    wanted = [name.strip() for name in options.parts.split(",") if name.strip()] or default
+    named = [name.strip() for name in options.parts.split(",") if name.strip()]
+    wanted = [part for name in named for part in HALVES.get(name, [name])] or default
     unknown = [name for name in wanted if name not in parts]
     if unknown:
-        parser.error(f"--parts {unknown[0]}: choose of {', '.join(parts)}")
+        parser.error(f"--parts {unknown[0]}: choose of {', '.join([*HALVES, *parts])}")
     import torch
 
     if not options.rehearse and not torch.cuda.is_available():

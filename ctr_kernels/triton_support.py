@@ -71,7 +71,7 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "fp16x3":
         total = tl.dot(a[1], b[0])
         total = tl.dot(a[0], b[1], total)
-        total = tl.dot(a[0], b[0], total) * a[2] * b[2]
+        total = tl.dot(a[0], b[0], total) * (a[2] * b[2])
         if acc is None:
             acc = total
         else:

@@ -31,13 +31,15 @@ def _speed(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _bar(f"row update, {kind} ids, % of copy bandwidth", 40,
                    100 * ours["gbps"] / copy if ours and copy else None)
         yield _bar(f"row update, {kind} ids, x dense-gradient SGD", 20, *_best(group, lambda name: "dense" in name))
-    fp32 = _rows(report, "speed step fp32")[0]
-    yield _bar("FT step fp32, x eager", 8, *_best(fp32, lambda name: name == "eager"))
-    yield _bar("FT step fp32, x torch.compile with CUDA graphs", 3,
-               *_best(fp32, lambda name: name in ("compile with CUDA graphs", "compile max-autotune")))
-    eager = next((row["p50"] for row in fp32 if row["provider"] == "eager" and "p50" in row), None)
-    ours = _ours(_rows(report, "speed step bf16")[0])
-    yield _bar("FT step bf16, x eager fp32", 8, eager / ours["p50"] if eager and ours else None)
+    steps = {dtype: _rows(report, f"speed step {dtype}")[0] for dtype in ("fp32", "tf32", "bf16")}
+    eager = next((row["p50"] for row in steps["fp32"] if row["provider"] == "eager" and "p50" in row), None)
+    times = {dtype: ours["p50"] for dtype, rows in steps.items() if (ours := _ours(rows))}
+    for dtype, rows in steps.items():
+        yield _bar(f"FT step {dtype}, x eager fp32", 8, eager / times[dtype] if eager and dtype in times else None)
+        yield _bar(f"FT step {dtype}, x torch.compile in {dtype}", 3,
+                   *_best(rows, lambda name: name.startswith("compile")))
+    yield _bar("FT step bf16, x our tf32 step", 1.5,
+               times["tf32"] / times["bf16"] if {"tf32", "bf16"} <= times.keys() else None)
 
 
 def _training(report: dict[str, Any]) -> Iterator[dict[str, Any]]:

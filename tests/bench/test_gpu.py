@@ -21,7 +21,7 @@ def rehearse(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[st
 
 def test_a_rehearsal_runs_the_parts_and_shows_no_figure(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    parts = "build,training,speed attention fp32"
+    parts = "build,training,speed attention fp32,speed ffn fp32,kernels"
     done, report = rehearse(tmp_path, "--parts", parts)
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu.log").read_text()
     assert report["rehearsal"] is True and report["bars"] == []
@@ -45,9 +45,9 @@ def test_a_part_out_of_time_is_stopped_and_said_so(tmp_path: Path) -> None:
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", "--parts", "speed"], capture_output=True,
+    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", "--parts", "steps"], capture_output=True,
                           text=True)
-    assert done.returncode == 2 and "--parts speed: choose of build, parity" in done.stderr
+    assert done.returncode == 2 and "--parts steps: choose of checks, speed, build, parity" in done.stderr
 
 
 def a_report() -> dict:
@@ -69,7 +69,10 @@ def a_report() -> dict:
                                      row("Embedding dense + SGD", "SGD", "B=4096 skewed", p50=20.0, ratio=20.0)),
         "speed step fp32": speed(row("ours", "training step", p50=2.0, ratio=1.0),
                                  row("eager", "training step", p50=18.0, ratio=9.0)),
-        "speed step bf16": speed(row("ours", "training step", p50=1.0, ratio=1.0)),
+        "speed step tf32": speed(row("ours", "training step", p50=1.4, ratio=1.0)),
+        "speed step bf16": speed(row("ours", "training step", p50=1.0, ratio=1.0),
+                                 row("compile", "training step", p50=4.0, ratio=4.0),
+                                 row("compile with CUDA graphs", "training step", p50=3.5, ratio=3.5)),
     }}
 
 
@@ -80,13 +83,15 @@ def test_bars_stand_beside_what_was_found() -> None:
     assert found["attention forward bf16, x the best peer"] == (None, None)
     assert found["row update, skewed ids, % of copy bandwidth"] == (pytest.approx(39.9), False)
     assert found["row update, skewed ids, x dense-gradient SGD"] == (20.0, True)
-    assert found["FT step fp32, x eager"] == (9.0, True)
-    assert found["FT step fp32, x torch.compile with CUDA graphs"] == (None, None)
+    assert found["FT step fp32, x eager fp32"] == (9.0, True)
+    assert found["FT step fp32, x torch.compile in fp32"] == (None, None)
     assert found["FT step bf16, x eager fp32"] == (18.0, True)
+    assert found["FT step bf16, x torch.compile in bf16"] == (3.5, True)
+    assert found["FT step bf16, x our tf32 step"] == (1.4, False)
     report = a_report()
-    report["parts"]["speed step fp32"]["status"] = "stopped after 90 s"  # the other rivals may be faster than eager
+    report["parts"]["speed step bf16"]["status"] = "stopped after 90 s"  # the other rivals may be faster
     late = {bar["what"]: (bar["found"], bar["met"], bar["peer"]) for bar in bars(report)}
-    assert late["FT step fp32, x eager"] == (9.0, None, "eager; not all timed")
+    assert late["FT step bf16, x torch.compile in bf16"] == (3.5, None, "compile with CUDA graphs; not all timed")
     assert found["peak memory of FT training, fp32 graph, MB"] == (812.5, False)
     assert found["peak memory of FT training, bf16 graph, MB"] == (700.0, True)
     assert found["new masks"] == ("passed", True) and found["loss curve fp32"] == ("failed", False)
@@ -97,7 +102,7 @@ def test_the_table_names_what_missed_and_what_has_no_figure() -> None:
     report["bars"] = bars(report)
     text = markdown(report)
     assert "| attention forward fp32, x the best peer | at least 3 | 2.9 (sdpa; without flex) | MISSED |" in text
-    assert "| FT step fp32, x torch.compile with CUDA graphs | at least 3 | - | no figure |" in text
+    assert "| FT step fp32, x torch.compile in fp32 | at least 3 | - | no figure |" in text
     assert "- training, loss curve fp32: failed: it rose" in text
 
 
