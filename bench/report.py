@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 from common.records import Machine, Row, read_rows, tabulate
+from on_gpu import report as on_gpu
 
 from ctr_train.command import run_command
 from ctr_train.files import atomic_path
@@ -42,12 +43,13 @@ Results = dict[str, tuple[Machine, list[Row]]]  # NAME -> what was measured
 
 def load(machine: Path) -> Results:
     """All results of one machine; UserError for a file that is not JSON."""
-    return {path.stem: read_rows(path) for path in sorted(machine.glob("*.json"))}
+    return {path.stem: read_rows(path) for path in sorted(machine.glob("*.json")) if path.stem != "gpu"}
 
 
 def machines() -> dict[str, Results]:
-    """Machine -> its results, for every folder of bench/results."""
-    return {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()} if RESULTS.is_dir() else {}
+    """Machine -> its results, for every folder of bench/results that has any of the CPU scripts."""
+    folders = {path.name: load(path) for path in sorted(RESULTS.iterdir()) if path.is_dir()} if RESULTS.is_dir() else {}
+    return {name: results for name, results in folders.items() if results}
 
 
 def part(results: Results, file: str, kernel: str, mode: str, shape: str) -> list[Row]:
@@ -139,7 +141,21 @@ def _markdown(numeric: Sequence[bool], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "|".join("--:" if right else "---" for right in numeric) + "|", *body]) + "\n"
 
 
-WHAT: dict[str, Callable[[dict[str, Results]], str]] = {"summary": summary, "full": full}
+def gpu_summary(_: dict[str, Results]) -> str:
+    """README: what ran on GPUs."""
+    found = on_gpu.reports(RESULTS)
+    return "\n".join(f"`{name}`: {on_gpu.about(report)}.\n\n{on_gpu.short(report)}\n"
+                     for name, report in found.items()) or "Nothing is committed yet.\n"
+
+
+def gpu(_: dict[str, Results]) -> str:
+    """docs/results.md: all that was found on GPUs."""
+    return "\n".join(f"## {name}\n\n{on_gpu.about(report)}.\n\n![loss](pictures/{name}-loss.png)\n\n"
+                     f"{on_gpu.full(report)}" for name, report in on_gpu.reports(RESULTS).items())
+
+
+WHAT: dict[str, Callable[[dict[str, Results]], str]] = {"summary": summary, "full": full, "gpu_summary": gpu_summary,
+                                                        "gpu": gpu}
 
 
 def fill(text: str, everything: dict[str, Results]) -> str:
@@ -160,6 +176,18 @@ def draw(name: str, results: Results) -> None:
     for script, (machine, rows) in results.items():
         if "-" in script:
             draw_sweep(rows, machine, PICTURES / f"{name}-{script}.png")
+
+
+def draw_losses(report: on_gpu.Report, path: Path) -> None:
+    """PNG: the losses of training with our kernels and with PyTorch's own operations."""
+    from common.plots import draw_curves
+
+    checks = report["parts"].get("training", {}).get("found", {})
+    curves = {f"{name.split()[-1]}, {whose}": curve
+              for name, check in checks.items() for whose, curve in zip(
+                  ("triton", "eager"), check.get("figures", {}).get("curves", ()), strict=False)}
+    if curves:
+        draw_curves(curves, on_gpu.about(report), path)
 
 
 def _stacks(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
@@ -195,6 +223,8 @@ def main(check: bool) -> None:
     if not check:
         for name, results in everything.items():
             draw(name, results)
+        for name, report in on_gpu.reports(RESULTS).items():
+            draw_losses(report, PICTURES / f"{name}-loss.png")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def draw_sweep(rows: Sequence[Row], machine: Machine, path: Path) -> None:
     save_png(figure, path)
 
 
+def draw_curves(curves: dict[str, Sequence[float]], title: str, path: Path) -> None:
+    """PNG: losses by step, each the mean of ten."""
+    figure, (ax,) = _panels(1, columns=1, height=4.2)
+    for index, (name, curve) in enumerate(curves.items()):
+        means = [sum(curve[at:at + 10]) / len(curve[at:at + 10]) for at in range(0, len(curve), 10)]
+        ax.plot([10 * i for i in range(len(means))], means, color=COLOURS[index // 2], label=name,
+                linewidth=1.2 if index % 2 else 3.0, alpha=1.0 if index % 2 else 0.45)
+    ax.set(xlabel="step", ylabel="loss, mean of ten steps")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    figure.suptitle(title, fontsize=8, color="0.35")
+    save_png(figure, path)
+
+
 def draw_bars(groups: dict[str, list[Row]], title: str, path: Path) -> None:
     """PNG: a panel of horizontal bars for each group of rivals, fastest first, with milliseconds and the ratio."""
     figure, axes = _panels(len(groups), columns=2, height=2.6)
