@@ -56,7 +56,7 @@ def forward_kernel(
                 rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
         a, b = first_products(rows_x, rows_a, rows_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
                               tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
-        hidden, _, _ = activate(a, b, ACTIVATION)
+        hidden, _, _ = activate(a, b, ACTIVATION, w1.dtype.element_ty != tl.float32)
         if DROPOUT:
             hidden *= multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
         tile_w2 = columns_of(w2, first, column, D, HIDDEN, BH)
@@ -124,7 +124,7 @@ def token_kernel(
                 rows_b = operand(units_of(w1, first, column, 1, D, HIDDEN, BH), PRECISION)
         a, b = first_products(rows_x, rows_a, rows_b, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first,
                               tokens, D, DP, DS, HIDDEN, NORM, ACTIVATION >= 3, PRECISION, BM, BH, STAGES)
-        _, slope_a, slope_b = activate(a, b, ACTIVATION)
+        _, slope_a, slope_b = activate(a, b, ACTIVATION, w1.dtype.element_ty != tl.float32)
         if DROPOUT:
             kept = multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH)
             slope_a *= kept
@@ -214,7 +214,7 @@ def weight_kernel(
             a, b = first_products(rows_x, 0, 0, x, mean, scale, norm_weight, norm_bias, w1, b1, start, first, tokens, D,
                                   DP, DS, HIDDEN, NORM, GATED, PRECISION, BM, BH, STAGES)
             a, b = tl.trans(a), tl.trans(b)
-        hidden, slope_a, slope_b = activate(a, b, ACTIVATION)
+        hidden, slope_a, slope_b = activate(a, b, ACTIVATION, w1.dtype.element_ty != tl.float32)
         if DROPOUT:
             kept = tl.trans(multipliers_of(seed, start, first, limit, inverse_keep, HIDDEN, BM, BH))
             hidden *= kept

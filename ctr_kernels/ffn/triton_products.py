@@ -4,30 +4,41 @@ import triton
 import triton.language as tl
 
 from ..triton_norm import PRE, normalise_by
-from ..triton_support import dot, dropout_multipliers, operand, product, turned
+from ..triton_support import dot, dropout_multipliers, exp2_flushed, operand, product, turned
 
 
 @triton.jit
-def _curve(a, CURVE: tl.constexpr):
-    """Value and slope of GELU (erf), GELU (tanh), ReLU or SiLU, by number.
+def _curve(a, CURVE: tl.constexpr, HALF: tl.constexpr):
+    """Value and slope of GELU (erf), GELU (tanh), ReLU or SiLU, by number; HALF: they are rounded to fp16 or bf16.
 
     GELU is x Phi(x), Phi the normal distribution function: Phi(-t) = exp(-t^2 / 2) g(t) for t = |x|, with a polynomial
-    for g that is minimax for the weighted error over [0, 5.5] (5e-8 as computed).
+    for g that is minimax over [0, 5.5]: for the weighted error (5e-8 as computed), or where HALF for the relative one
+    (1.9e-4, less than half a last place of fp16).
     """
     if CURVE == 0:
-        bell = tl.exp2(a * a * -0.7213475204)  # exp(-a^2 / 2)
+        bell = exp2_flushed(a * a * -0.7213475204)  # exp(-a^2 / 2)
         t = tl.minimum(tl.abs(a), 5.5)
-        g = t * -3.1554663e-07 + 7.708849e-06
-        g = g * t - 8.477157e-05
-        g = g * t + 5.6365534e-04
-        g = g * t - 2.5900975e-03
-        g = g * t + 9.00386e-03
-        g = g * t - 2.547183e-02
-        g = g * t + 6.192394e-02
-        g = g * t - 1.328058e-01
-        g = g * t + 2.4997257e-01
-        g = g * t - 3.989406e-01
-        g = g * t + 0.5
+        if HALF:
+            g = t * 3.8993822e-06 - 1.066369e-04
+            g = g * t + 1.2605457e-03
+            g = g * t - 8.5135849e-03
+            g = g * t + 3.6828331e-02
+            g = g * t - 1.09577e-01
+            g = g * t + 2.3821843e-01
+            g = g * t - 3.9645551e-01
+            g = g * t + 4.9990437e-01
+        else:
+            g = t * -3.1554663e-07 + 7.708849e-06
+            g = g * t - 8.477157e-05
+            g = g * t + 5.6365534e-04
+            g = g * t - 2.5900975e-03
+            g = g * t + 9.00386e-03
+            g = g * t - 2.547183e-02
+            g = g * t + 6.192394e-02
+            g = g * t - 1.328058e-01
+            g = g * t + 2.4997257e-01
+            g = g * t - 3.989406e-01
+            g = g * t + 0.5
         tail = bell * g
         phi = tl.where(a > 0, 1.0 - tail, tail)
         value = a * phi
@@ -35,7 +46,7 @@ def _curve(a, CURVE: tl.constexpr):
     elif CURVE == 1:  # (x / 2) (1 + tanh(u)) = x sigmoid(2 u)
         square = a * a
         u = a * (0.7978845608 + 0.0356774081 * square)
-        small = tl.exp2(tl.abs(u) * -2.8853900818)
+        small = exp2_flushed(tl.abs(u) * -2.8853900818)
         inverse = 1.0 / (1.0 + small)
         sigmoid = tl.where(u < 0, small * inverse, inverse)
         rest = tl.where(u < 0, inverse, small * inverse)  # 1 - sigmoid without cancellation
@@ -45,7 +56,7 @@ def _curve(a, CURVE: tl.constexpr):
         value = tl.where(a <= 0, 0.0, a)
         slope = tl.where(a <= 0, 0.0, 1.0)
     else:
-        small = tl.exp2(tl.abs(a) * -1.4426950409)
+        small = exp2_flushed(tl.abs(a) * -1.4426950409)
         inverse = 1.0 / (1.0 + small)
         sigmoid = tl.where(a < 0, small * inverse, inverse)
         rest = tl.where(a < 0, inverse, small * inverse)  # 1 - sigmoid without cancellation
@@ -55,16 +66,17 @@ def _curve(a, CURVE: tl.constexpr):
 
 
 @triton.jit
-def activate(a, b, ACTIVATION: tl.constexpr):
-    """Value of a hidden unit, and its slopes by a and b; ACTIVATION is the index in reference.ACTIVATIONS.
+def activate(a, b, ACTIVATION: tl.constexpr, HALF: tl.constexpr):
+    """Value of a hidden unit, and its slopes by a and b; ACTIVATION is the index in reference.ACTIVATIONS, HALF as in
+    `_curve`.
 
     Without a gate the value is act(a), and b, whose slope is that of a again, is not read.
     """
     if ACTIVATION < 3:
-        value, slope_a = _curve(a, ACTIVATION)
+        value, slope_a = _curve(a, ACTIVATION, HALF)
         slope_b = slope_a
     else:
-        curve, slope = _curve(b, 2 if ACTIVATION == 3 else (0 if ACTIVATION == 4 else 3))
+        curve, slope = _curve(b, 2 if ACTIVATION == 3 else (0 if ACTIVATION == 4 else 3), HALF)
         value, slope_a, slope_b = a * curve, curve, a * slope
     return value, slope_a, slope_b
 

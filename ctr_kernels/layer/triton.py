@@ -51,6 +51,8 @@ class Tile(NamedTuple):
     """A launch configuration: tokens and outputs at a time, warps, inputs at a time in the forward kernel (0: all), tiles
     in flight while one is worked on, and of the weight kernel programs that share a multiprocessor (0: 8 warps' worth).
 
+    The weight kernel on Hopper has one tile in flight: of two, Triton refills one that its product still reads.
+
     Where a norm takes the outputs of the forward kernel, it has all of them at once.
     """
 
@@ -74,9 +76,10 @@ class Linear(NamedTuple):
 # By kernel, arithmetic ("half": fp16 and bf16), inputs as a tile has them, and architecture.
 DEFAULT = {64: Tile(64, 64, 8), 128: Tile(32, 64, 8, 64), 256: Tile(32, 32, 8, 32)}
 TILES: dict[tuple, Tile] = {
+    **{(kernel, arithmetic, 64, 90): Tile(64, 64, 4, 0, 1, 4 if kernel == "weight" else 0)
+       for kernel in ("forward", "token", "weight") for arithmetic in ("half", "tf32", "fp16x3")},  # by an H200
     **{("weight", arithmetic, 64, ANY): Tile(32, 64, 8) for arithmetic in ("half", "tf32", "fp16x3")},
-    ("weight", "tf32", 64, 90): Tile(32, 32, 8),  # with 64 outputs all loads are of 4 bytes
-    ("weight", "tf32", 64, 100): Tile(32, 32, 8),
+    ("weight", "tf32", 64, 100): Tile(32, 32, 8),  # with 64 outputs all loads are of 4 bytes
     ("token", "fp16x3", 64, 80): Tile(32, 64, 8),  # with 64 tokens triton 3.6 spills
     ("forward", "half", 256, ANY): Tile(32, 32, 8, 64),  # with 32 inputs at a time loads are of 8 bytes
     **{("weight", arithmetic, 256, ANY): Tile(16, 32, 8) for arithmetic in ("half", "tf32", "fp16x3")},
@@ -110,8 +113,8 @@ def candidates(key: Key) -> Iterator[Tile]:
     slices = (0,) if width == 64 else (32, 64)
     shapes = [(32, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 4), (128, 32, 8), (128, 64, 4),
               (128, 64, 8)]
-    resident = (1, 2, 4) if key.kernel == "weight" else (0,)
-    for shape, columns, stages, programs in itertools.product(shapes, slices, (1, 2), resident):
+    resident, in_flight = ((1, 2, 4), (1,)) if key.kernel == "weight" else ((0,), (1, 2))  # as `stages` says
+    for shape, columns, stages, programs in itertools.product(shapes, slices, in_flight, resident):
         yield _whole_rows(key, Tile(*shape, columns, stages, programs))
 
 

@@ -133,6 +133,13 @@ def token_kernel(
         source = dz
         if BN < NP:
             tl.debug_barrier()  # dz again: other threads of the program have written what this one reads
+    offsets, inside = row[:, None] * D + column[None, :], there[:, None] & (column < D)[None, :]
+    EARLY: tl.constexpr = DP <= 64 and PRECISION != "fp16x3"  # what the end needs is in flight during the products
+    tile_x, tile_residual = 0.0, 0.0
+    if EARLY and NORM == PRE:
+        tile_x = tl.load(inner + start * D + offsets, mask=inside, other=0.0)
+    if EARLY and residual is not None:
+        tile_residual = _of_queries(residual, start, row, column, tokens, D, QUERIES, FIELDS)
     total = tl.zeros((BM, DP), tl.float32)
     for first in tl.range(0, N, BN, num_stages=STAGES):
         unit = first + tl.arange(0, BN)
@@ -142,17 +149,19 @@ def token_kernel(
             tile_dy = tl.load(source + start * N + (row[:, None] * N + unit[None, :]),
                               mask=there[:, None] & (unit < N)[None, :], other=0.0)
         total = dot(tile_dy.to(weight.dtype.element_ty), _rows(weight, first, column, D, N, BN), total, PRECISION)
-    offsets, inside = row[:, None] * D + column[None, :], there[:, None] & (column < D)[None, :]
     if extra is not None:
         total += _of_queries(extra, start, row, column, tokens, D, QUERIES, FIELDS)
     if NORM == PRE:
-        tile_x = tl.load(inner + start * D + offsets, mask=inside, other=0.0).to(tl.float32)
-        total, sum_weight, sum_bias = normalise_backward(tile_x, total, norm_weight, column, eps, D)
+        if not EARLY:
+            tile_x = tl.load(inner + start * D + offsets, mask=inside, other=0.0)
+        total, sum_weight, sum_bias = normalise_backward(tile_x.to(tl.float32), total, norm_weight, column, eps, D)
         sums = partial + tl.program_id(0).to(tl.int64) * (2 * D) + column
         tl.store(sums, sum_weight, mask=column < D)
         tl.store(sums + D, sum_bias, mask=column < D)
     if residual is not None:
-        total += _of_queries(residual, start, row, column, tokens, D, QUERIES, FIELDS)
+        if not EARLY:
+            tile_residual = _of_queries(residual, start, row, column, tokens, D, QUERIES, FIELDS)
+        total += tile_residual
     tl.store(dx + start * D + offsets, total.to(dx.dtype.element_ty), mask=inside)
 
 
