@@ -214,7 +214,8 @@ def main() -> int:
     parts = [*BESIDE, *ALONE]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter; no figures")
-    parser.add_argument("--parts", default="", help=f"comma-separated, of: {', '.join([*HALVES, *parts])}; default: all")
+    parser.add_argument("--parts", default="",
+                        help=f"comma-separated, of: {', '.join([*HALVES, *parts])}; default: all")
     parser.add_argument("--autotune", action="store_true",
                         help="only search launch configurations; gpu.log has the lines for "
                              "ctr_kernels/triton_tuned.py, of as many kernels as --seconds allow")

@@ -43,7 +43,7 @@ Results = dict[str, tuple[Machine, list[Row]]]  # NAME -> what was measured
 
 def load(machine: Path) -> Results:
     """All results of one machine; UserError for a file that is not JSON."""
-    return {path.stem: read_rows(path) for path in sorted(machine.glob("*.json")) if path.stem != "gpu"}
+    return {path.stem: read_rows(path) for path in sorted(machine.glob("*.json")) if not path.stem.startswith("gpu")}
 
 
 def machines() -> dict[str, Results]:
@@ -145,13 +145,13 @@ def gpu_summary(_: dict[str, Results]) -> str:
     """README: what ran on GPUs."""
     found = on_gpu.reports(RESULTS)
     return "\n".join(f"`{name}`: {on_gpu.about(report)}.\n\n{on_gpu.short(report)}\n"
-                     for name, report in found.items()) or "Nothing is committed yet.\n"
+                     for name, reports in found.items() for report in reports) or "Nothing is committed yet.\n"
 
 
 def gpu(_: dict[str, Results]) -> str:
     """docs/results.md: all that was found on GPUs."""
-    return "\n".join(f"## {name}\n\n{on_gpu.about(report)}.\n\n![loss](pictures/{name}-loss.png)\n\n"
-                     f"{on_gpu.full(report)}" for name, report in on_gpu.reports(RESULTS).items())
+    return "\n".join(f"## {name}\n\n![loss](pictures/{name}-loss.png)\n\n" + "\n".join(map(on_gpu.full, reports))
+                     for name, reports in on_gpu.reports(RESULTS).items())
 
 
 WHAT: dict[str, Callable[[dict[str, Results]], str]] = {"summary": summary, "full": full, "gpu_summary": gpu_summary,
@@ -178,16 +178,18 @@ def draw(name: str, results: Results) -> None:
             draw_sweep(rows, machine, PICTURES / f"{name}-{script}.png")
 
 
-def draw_losses(report: on_gpu.Report, path: Path) -> None:
-    """PNG: the losses of training with our kernels and with PyTorch's own operations."""
+def draw_losses(reports: Sequence[on_gpu.Report], path: Path) -> None:
+    """PNG: the losses of training with our kernels and with PyTorch's own operations, of the latest run that has them."""
     from common.plots import draw_curves
 
-    checks = report["parts"].get("training", {}).get("found", {})
-    curves = {f"{name.split()[-1]}, {whose}": curve
-              for name, check in checks.items() for whose, curve in zip(
-                  ("triton", "eager"), check.get("figures", {}).get("curves", ()), strict=False)}
-    if curves:
-        draw_curves(curves, on_gpu.about(report), path)
+    for report in reports:
+        checks = report["parts"].get("training", {}).get("found", {})
+        curves = {f"{name.split()[-1]}, {whose}": curve
+                  for name, check in checks.items() for whose, curve in zip(
+                      ("triton", "eager"), check.get("figures", {}).get("curves", ()), strict=False)}
+        if curves:
+            draw_curves(curves, on_gpu.about(report), path)
+            return
 
 
 def _stacks(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
@@ -223,8 +225,8 @@ def main(check: bool) -> None:
     if not check:
         for name, results in everything.items():
             draw(name, results)
-        for name, report in on_gpu.reports(RESULTS).items():
-            draw_losses(report, PICTURES / f"{name}-loss.png")
+        for name, reports in on_gpu.reports(RESULTS).items():
+            draw_losses(reports, PICTURES / f"{name}-loss.png")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def table_choice(key: Key, default: Callable[[Key], Choice]) -> Choice:
     return type(own)(*TUNED[key]) if key in TUNED else own
 
 
+def is_measured(key: Key) -> bool:
+    """Whether the configuration of that key was the fastest on a GPU."""
+    return key in TUNED
+
+
 def launch_choice(key: Key, default: Callable[[Key], Choice], candidates: Callable[[Key], Iterable[Choice]],
                   run: Callable[[Choice], object],
                   timer: Callable[[Callable[[], object]], float] | None = None) -> Choice:

@@ -50,7 +50,7 @@ def operand(x, PRECISION: tl.constexpr):
     """What `product` takes of a tile: worth having where a tile is a factor of several products."""
     if PRECISION == "fp16x3":
         return _split(x)
-    else:
+    else:  # noqa: RET505 (a branch of its own for the compiler: the two return other types)
         return x, x, 1.0
 
 
@@ -150,6 +150,7 @@ class Spec(NamedTuple):
     resident_warps: int = 8  # warps that a multiprocessor must hold at once, 64 at most
     max_registers: int | None = None  # of a thread, as the launch limits them
     spills: int = 0  # bytes that a thread may spill, where no launch configuration has none
+    measured: bool = False  # a configuration that a GPU chose: what it spills and how few warps fit is known to pay
     tuned: bool = True  # a shape of the three models' recipes; the tests compile the others only when asked to
 
 
@@ -240,7 +241,8 @@ def print_table() -> None:
 Made by `python -m ctr_kernels.triton_support > docs/triton-resources.md` with triton {triton.__version__}, whose ptxas
 compiles for architectures that are not there; no GPU was used. tests/kernels/test_triton_resources.py compiles those
 of the tuned shapes, or all, and holds them to: no spills (of shapes that are not tuned, not more than the kernel
-states), the resident warps that the kernel states, tensor-core instructions where it multiplies matrices.
+states), the resident warps that the kernel states, tensor-core instructions where it multiplies matrices. What a GPU
+chose (ctr_kernels/triton_tuned.py) may spill 256 bytes and fill a multiprocessor with 4 warps.
 
 Registers and spilled bytes are a thread's, shared bytes a program's; resident warps are what a multiprocessor holds
 (64 at most). Tensor: mma.sync, wgmma and tcgen05.mma instructions in the PTX. Loads and stores: instructions x bytes a

@@ -91,8 +91,8 @@ def tuned_work(scale: Scale) -> None:
     run_models(scale, scale.batch, variants if scale.is_gpu else {})
 
 
-def compile_some(first: int, parts: int, key: Any, default: Any, candidates: Iterable[Any], run: Callable[[Any], object],
-                 timer: Any) -> Any:
+def compile_some(first: int, parts: int, key: Any, default: Any, candidates: Iterable[Any],
+                 run: Callable[[Any], object], timer: Any) -> Any:
     """In place of the search: launches every `parts`-th candidate once, and chooses the default.
 
     An illegal access ends all use of the device by a process: $CTR_TUNING_BAD is a folder in which each candidate has a

@@ -172,7 +172,10 @@ def _text(name: str, value: Any) -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, with "-dirty" if it has changes; "unknown" outside a checkout."""
+    """Short hash of the checkout, with "-dirty" if it has changes, or $CTR_COMMIT where it came without its history;
+    "unknown" outside a checkout."""
+    if os.environ.get("CTR_COMMIT"):
+        return os.environ["CTR_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

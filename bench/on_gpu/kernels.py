@@ -103,7 +103,8 @@ def counted(precision: str, raw: Path) -> list[dict[str, Any]]:
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy",
                 "LaunchStats")
     command = [shutil.which("ncu") or "ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv",
-               "--page", "raw", "--print-units", "base", "--kernel-name", f"regex:{OURS}", *(part for section in sections for part in ("--section", section)),
+               "--page", "raw", "--print-units", "base", "--kernel-name", f"regex:{OURS}",
+               *(part for section in sections for part in ("--section", section)),
                sys.executable, __file__, "--launch", precision]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=os.environ)
     raw.write_text(done.stdout + done.stderr)
@@ -112,8 +113,8 @@ def counted(precision: str, raw: Path) -> list[dict[str, Any]]:
     if start is None:
         raise RuntimeError(f"ncu ended with {done.returncode}: {(done.stdout + done.stderr)[-400:]}")
     table = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))[1:]  # the first row has units
-    found = [{"precision": precision, "kernel": row["Kernel Name"], "grid": row["Grid Size"], "block": row["Block Size"],
-              **{ours: _number(row.get(theirs)) for theirs, ours in COUNTERS.items()},
+    found = [{"precision": precision, "kernel": row["Kernel Name"], "grid": row["Grid Size"],
+              "block": row["Block Size"], **{ours: _number(row.get(theirs)) for theirs, ours in COUNTERS.items()},
               "stalls": _largest(row, STALL, "_per_issue_active.ratio")} for row in table]
     return [{**row, "time": (row["time"] or 0.0) / 1e3} for row in found]
 

@@ -24,7 +24,8 @@ def train(folder: Path, data: Path, recipe: str, kernels: str, more: tuple[str, 
     """A run of the command with more options; its result, its losses and its seconds."""
     out = folder / f"{recipe.replace(' ', '-')}-{kernels}"
     command = [sys.executable, "-m", "ctr_train.cli_train", "--model", "ft", "--data", str(data), "--prepared",
-               str(folder / f"data-{recipe.split()[0]}"), "--out", str(out), "--kernels", kernels, *RECIPES[recipe], *more]
+               str(folder / f"data-{recipe.split()[0]}"), "--out", str(out), "--kernels", kernels, *RECIPES[recipe],
+               *more]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     seconds = time.perf_counter() - started

@@ -1,6 +1,7 @@
 """The search of launch configurations: many processes compile the candidates, then one times them all.
 
-Compiling takes most of a search. A candidate that ends its process, as an illegal access does, is left out from then on.
+Compiling takes most of a search. A candidate that ends its process, as an illegal access does, is left out from then
+on.
 """
 
 import argparse

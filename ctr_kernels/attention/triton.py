@@ -43,6 +43,7 @@ from ..triton_launch import (
     arithmetic_of,
     capability,
     input_precision,
+    is_measured,
     launch_choice,
     row_of,
     table_choice,
@@ -264,4 +265,5 @@ def _spec(direction: str, queries: int, fields: int, head_dim: int, tuned: bool,
     resident = RESIDENT[direction, "fp32" if kind == "fp32" else "half"] if (queries, head_dim) == (27, 16) else 8
     name = f"{direction} {kind} F {fields} d {head_dim}" + (" one query" if queries == 1 else "")
     return Spec(kernel, signature, constexprs, launch.warps, name, (cc,), tensor_cores=queries > 1,
-                resident_warps=resident, tuned=tuned, spills=0 if tuned else 448 if key.shape[1:] == (128, 16) else 64)
+                resident_warps=resident, tuned=tuned, measured=is_measured(key),
+                spills=0 if tuned else 448 if key.shape[1:] == (128, 16) else 64)

@@ -29,6 +29,7 @@ from ..triton_launch import (
     arithmetic_of,
     capability,
     input_precision,
+    is_measured,
     launch_choice,
     multiprocessors,
     row_of,
@@ -245,7 +246,8 @@ def aot_specs() -> list[Spec]:
     kernels = {"forward": _forward_kernel, "row": _row_kernel, "weight": _weight_kernel}
     shapes = [*itertools.product(("fp16x3", "tf32", "half"), (429, 624, 2496), (32,)), ("fp16x3", 624, 64)]
     for (arithmetic, width, rank), (name, kernel), cc in itertools.product(shapes, kernels.items(), CAPABILITIES):
-        tile = table_choice(Key("cross", name, (width, block_of(rank)), arithmetic, cc), default)
+        key = Key("cross", name, (width, block_of(rank)), arithmetic, cc)
+        tile = table_choice(key, default)
         constexprs = {"W": width, "R": rank, "RP": block_of(rank), "BN": tile.columns, "BM": tile.rows,
                       "PRECISION": "tf32" if arithmetic == "half" else arithmetic}
         kinds = {"partial": "*fp32", "rows": "i32"}
@@ -253,5 +255,5 @@ def aot_specs() -> list[Spec]:
                      for argument in kernel.arg_names if argument not in constexprs}
         label = f"{kernel.__name__[1:]} {'bf16' if arithmetic == 'half' else arithmetic} W {width} R {rank}"
         specs.append(Spec(kernel, signature, constexprs, tile.warps, label, (cc,), tensor_cores=True,
-                          tuned=arithmetic != "tf32" and width != 624))
+                          tuned=arithmetic != "tf32" and width != 624, measured=is_measured(key)))
     return specs

@@ -38,7 +38,16 @@ import torch
 import triton
 
 from ..philox import threshold
-from ..triton_launch import ANY, Key, capability, input_precision, launch_choice, multiprocessors, table_choice
+from ..triton_launch import (
+    ANY,
+    Key,
+    capability,
+    input_precision,
+    is_measured,
+    launch_choice,
+    multiprocessors,
+    table_choice,
+)
 from ..triton_norm import NORMS
 from ..triton_sums import sum_parts, sum_rows, sum_spec
 from ..triton_support import CAPABILITIES, Spec
@@ -181,5 +190,6 @@ def _specs(key: Key, dim: int) -> list[Spec]:
         label += f" {dtype if half else key.arithmetic} D {dim}{' reglu' if gated else ''}"
         label += f" {list(NORMS)[norm]}-norm" if norm else ""
         specs.append(Spec(kernel, signature, own, tile.warps, label, (key.architecture,), tensor_cores=True,
-                          tuned=width == 64 and not gated and key.arithmetic != "tf32", spills=48 if gated else 0))
+                          tuned=width == 64 and not gated and key.arithmetic != "tf32", spills=48 if gated else 0,
+                          measured=is_measured(key)))
     return specs

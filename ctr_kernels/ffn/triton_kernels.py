@@ -195,7 +195,7 @@ def weight_kernel(
         inside = (row < tokens - start)[:, None] & (column < D)[None, :]
         tile_x = tl.load(x + start * D + offsets, mask=inside, other=0.0)
         tile_dy = tl.load(dy + start * D + offsets, mask=inside, other=0.0).to(w1.dtype.element_ty)
-        if LAYERS & 2:
+        if LAYERS & 2:  # noqa: SIM102 (known when it is compiled, the next one is not)
             if first == 0:
                 db2 += tl.sum(tile_dy.to(tl.float32), axis=0)
         mean, scale = 0, 0

@@ -33,6 +33,7 @@ from ..triton_launch import (
     arithmetic_of,
     capability,
     input_precision,
+    is_measured,
     launch_choice,
     multiprocessors,
     row_of,
@@ -48,8 +49,9 @@ KERNELS = {"forward": forward_kernel, "token": token_kernel, "weight": weight_ke
 
 
 class Tile(NamedTuple):
-    """A launch configuration: tokens and outputs at a time, warps, inputs at a time in the forward kernel (0: all), tiles
-    in flight while one is worked on, and of the weight kernel programs that share a multiprocessor (0: 8 warps' worth).
+    """A launch configuration: tokens and outputs at a time, warps, inputs at a time in the forward kernel (0: all),
+    tiles in flight while one is worked on, and of the weight kernel programs that share a multiprocessor (0: 8 warps'
+    worth).
 
     The weight kernel on Hopper has one tile in flight: of two, Triton refills one that its product still reads.
 
@@ -287,4 +289,4 @@ def _spec(kernel: str, name: str, dim: int, outputs: int, linear: Linear, arithm
                  for parameter in function.arg_names if parameter not in constexprs}
     return Spec(function, signature, constexprs, tile.warps,
                 f"{function.__name__} {name} {dtype if half else arithmetic} D {dim}", (cc,), tensor_cores=True,
-                tuned=tuned)
+                tuned=tuned, measured=is_measured(key))

@@ -47,7 +47,7 @@ import torch
 import triton
 
 from ..library import last_dim_contiguous
-from ..triton_launch import Key, architecture, capability, launch_choice, table_choice, width_of
+from ..triton_launch import Key, architecture, capability, is_measured, launch_choice, table_choice, width_of
 from ..triton_support import CAPABILITIES, Spec
 from .plan import sort_ids
 from .rule import RULES, Rule
@@ -197,5 +197,6 @@ def aot_specs() -> list[Spec]:
             signature = {argument: kinds[argument] for argument in kernel.arg_names if argument not in constexprs}
             label = f"{kernel.__name__} {name} {dtype} dim {dim}" + (" counting steps" if counts else "")
             specs.append(Spec(kernel, signature, constexprs, warps, label, (cc,),
-                              resident_warps=13 if (dim, dtype) == (64, "fp32") else 8, max_registers=limit))
+                              resident_warps=13 if (dim, dtype) == (64, "fp32") else 8, max_registers=limit,
+                              measured=is_measured(key)))
     return specs

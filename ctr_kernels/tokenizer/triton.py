@@ -37,6 +37,7 @@ from ..triton_launch import (
     Key,
     architecture,
     capability,
+    is_measured,
     launch_choice,
     multiprocessors,
     table_choice,
@@ -219,5 +220,5 @@ def aot_specs() -> list[Spec]:
             signature = {argument: kinds.get(argument, f"*{dtype}") for argument in kernel.arg_names
                          if argument not in constexprs}
             specs.append(Spec(kernel, signature, constexprs, launch.warps, f"{kernel.__name__} {dtype}{label}", (cc,),
-                              resident_warps=16))
+                              resident_warps=16, measured=is_measured(key)))
     return specs
