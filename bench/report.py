@@ -179,7 +179,7 @@ def draw(name: str, results: Results) -> None:
 
 
 def draw_losses(reports: Sequence[on_gpu.Report], path: Path) -> None:
-    """PNG: the losses of training with our kernels and with PyTorch's own operations, of the latest run that has them."""
+    """PNG: the losses of training with our kernels and with PyTorch's own operations, of the latest run with them."""
     from common.plots import draw_curves
 
     for report in reports:

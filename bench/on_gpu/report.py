@@ -36,7 +36,8 @@ def short(report: Report) -> str:
     if speed:
         tables.append(_table([["median", "ours", "fastest rival that was timed", "plain PyTorch"], *speed], 1))
     if runs:
-        tables.append(_table([["`ctr-train --model ft`", "logloss", "AUC", "rows/s, compiling included", "s"], *runs], 1))
+        head = ["`ctr-train --model ft`", "logloss", "AUC", "rows/s, compiling included", "s"]
+        tables.append(_table([head, *runs], 1))
     return "\n\n".join("\n".join(table) for table in tables)
 
 
@@ -47,10 +48,11 @@ def full(report: Report) -> str:
     if figures:
         text += ["", *_table([["", "wanted", "found", ""], *_bars(figures)], 1)]
     for part, rows in _timings(report).items():
-        text += [f"\n#### {part}\n", *_table([["", "provider", "p20", "p50 ms", "p80", "x ours", "GB/s", ""], *rows], 2)]
+        head = ["", "provider", "p20", "p50 ms", "p80", "x ours", "GB/s", ""]
+        text += [f"\n#### {part}\n", *_table([head, *rows], 2)]
     kernels = report["parts"].get("kernels", {}).get("found", {})
     if kernels.get("profile"):
-        text += ["\n#### Kernels of FT-Transformer's step, of attention and of the FFN\n", *_profile(kernels["profile"])]
+        text += ["\n#### Kernels of a step, of attention and of the FFN\n", *_profile(kernels["profile"])]
     if kernels.get("counters"):
         names = ["time", "dram %", "tensor cores %", "IPC", "warps %", "registers"]
         rows = [[row["precision"], row["kernel"], row["grid"].strip("()").partition(",")[0],

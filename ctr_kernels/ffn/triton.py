@@ -28,7 +28,8 @@ With norm and residual, from and to memory, next to the same in separate kernels
                once more from the cache) against 9; weight 2
 and 16 D tokens / BM bytes of partial sums for the gradients of the norm, written and read once (0.9 MB at BM = 128).
 Beyond D = 128 products over D take slices of it: x, backward dy too, come from the cache again for every BH units.
-Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
+Occupancy: 8 warps a multiprocessor at least, or as many programs of the weight kernel as a tile says (`resident`).
+Measured on an H200 (docs/kernels/gpu.md): 1.9 times as fast as torch.compile both ways in bf16; bound by instructions.
 """
 
 import itertools

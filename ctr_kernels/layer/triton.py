@@ -14,7 +14,7 @@ heads have D columns; n e = 28 MB:
                backward  attention 2 + 2, kv 2 + 1 and x of pre, their weights 3            11 n e
 and, beside weights that stay in L2, fp32 partial sums as in the FFN: no atomics, the same bits at every run. Tiles of
 more than 64 columns, in slices, take x from the cache once more for every slice of outputs.
-Occupancy: 8 warps a multiprocessor at least, as the fixed number of programs of the weight kernel takes for granted.
+Occupancy: 8 warps a multiprocessor at least, or as many programs of the weight kernel as a tile says (`resident`).
 """
 
 import itertools

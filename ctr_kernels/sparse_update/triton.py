@@ -35,7 +35,8 @@ bf16: below the memory time. The sort, four radix passes of 24 n bytes = 10.2 MB
 Occupancy on sm_90 with fp32 rows of 64: 118 registers (SGD), and 152 (rowwise Adagrad) and 148 (Adam), which would take
 162 and 155 if they were not held to REGISTERS: 17 or 13 one-warp programs fit an SM. The 1,664 programs of
 n = 106,496 are 12.6 an SM of 132, so that all run at once, each with 4 KB of gradient and 4 KB of table rows in flight
-(2 KB each with the tiles of Adagrad and Adam, whose state comes along). bf16 takes 189 registers.
+(2 KB each with the tiles of Adagrad and Adam, whose state comes along). bf16 takes 189 registers. An H200 was fastest
+with 128 for each, and 8 positions a tile where state comes along: 38, 39 and 59 us for SGD, rowwise Adagrad and Adam.
 """
 
 import itertools
