@@ -36,7 +36,7 @@ def short(report: Report) -> str:
     if speed:
         tables.append(_table([["median", "ours", "fastest rival that was timed", "plain PyTorch"], *speed], 1))
     if runs:
-        head = ["`ctr-train --model ft`", "logloss", "AUC", "rows/s, compiling included", "s"]
+        head = ["run", "logloss", "AUC", "rows/s, compiling included", "s"]
         tables.append(_table([head, *runs], 1))
     return "\n\n".join("\n".join(table) for table in tables)
 
@@ -77,7 +77,7 @@ def _checks(report: Report) -> list[str]:
 def _runs(report: Report) -> Iterator[list[str]]:
     found = report["parts"].get("recipes", {}).get("found", [])
     for run in found:
-        yield [f"{run['recipe']}, `--kernels {run['kernels']}`", f"{run['logloss']:.4f}", f"{run['auc']:.4f}",
+        yield [f"`--model ft`, {run['recipe']}, `--kernels {run['kernels']}`", f"{run['logloss']:.4f}", f"{run['auc']:.4f}",
                f"{run['rows_per_s']:,.0f}", f"{run['seconds']:.0f}"]
 
 
