@@ -77,8 +77,8 @@ def _checks(report: Report) -> list[str]:
 def _runs(report: Report) -> Iterator[list[str]]:
     found = report["parts"].get("recipes", {}).get("found", [])
     for run in found:
-        yield [f"`--model ft`, {run['recipe']}, `--kernels {run['kernels']}`", f"{run['logloss']:.4f}", f"{run['auc']:.4f}",
-               f"{run['rows_per_s']:,.0f}", f"{run['seconds']:.0f}"]
+        yield [f"`--model ft`, {run['recipe']}, `--kernels {run['kernels']}`", f"{run['logloss']:.4f}",
+               f"{run['auc']:.4f}", f"{run['rows_per_s']:,.0f}", f"{run['seconds']:.0f}"]
 
 
 def _speed(report: Report) -> Iterator[list[str]]:

@@ -255,5 +255,6 @@ def aot_specs() -> list[Spec]:
                      for argument in kernel.arg_names if argument not in constexprs}
         label = f"{kernel.__name__[1:]} {'bf16' if arithmetic == 'half' else arithmetic} W {width} R {rank}"
         specs.append(Spec(kernel, signature, constexprs, tile.warps, label, (cc,), tensor_cores=True,
-                          tuned=arithmetic != "tf32" and width != 624, measured=is_measured(key)))
+                          tuned=arithmetic != "tf32" and width != 624, measured=is_measured(key),
+                          spills=32 if rank == 64 else 0))
     return specs

@@ -289,4 +289,5 @@ def _spec(kernel: str, name: str, dim: int, outputs: int, linear: Linear, arithm
                  for parameter in function.arg_names if parameter not in constexprs}
     return Spec(function, signature, constexprs, tile.warps,
                 f"{function.__name__} {name} {dtype if half else arithmetic} D {dim}", (cc,), tensor_cores=True,
-                tuned=tuned, measured=is_measured(key))
+                tuned=tuned, measured=is_measured(key),
+                spills=0 if dim == 64 else 8)
