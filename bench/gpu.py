@@ -38,7 +38,7 @@ BESIDE = {
 ALONE = {
     "tuning": (("bench/on_gpu/tune.py",), 36_000),  # with --autotune alone, which may take --seconds
     "training": ((*CHECKS, "--group", "training"), 120),
-    "recipes": (("bench/on_gpu/recipes.py",), 90),
+    "recipes": (("bench/on_gpu/recipes.py",), 150),
     "speed step bf16": ((*SPEED, "--group", "step", "--dtype", "bf16"), 110),
     "speed step fp32": ((*SPEED, "--group", "step", "--dtype", "fp32"), 110),
     "speed attention bf16": ((*SPEED, "--group", "attention", "--dtype", "bf16"), 75),
