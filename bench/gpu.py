@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.commit import commit, first_line
 from on_gpu.bars import bars, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,20 +173,6 @@ def machine(rehearse: bool) -> dict[str, Any]:
                   "driver": first_line(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
                                         "--format=csv,noheader", "--id=0"])}
     return facts
-
-
-def commit() -> str:
-    """Hash of the checkout, or $CTR_COMMIT where it came without its history."""
-    return os.environ.get("CTR_COMMIT") or first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty",
-                                                       "--exclude=*"])
-
-
-def first_line(command: list[str]) -> str:
-    """The first line that a command prints; "unknown" where it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
 
 
 def run(session: Session, wanted: list[str]) -> int:

@@ -63,8 +63,8 @@ def tuning(scale: Scale) -> None:
     lines for the launch tables, what counts most first. A rehearsal times one call of each candidate, for what that is
     worth.
 
-    $CTR_TUNING_PART, "2/12": of all candidates only compile every twelfth, from the second. So many processes side by
-    side fill the cache of compiled kernels before one process times them all.
+    $CTR_TUNING_PART, "2/12", with $CTR_TUNING_BAD: of all candidates only compile every twelfth, from the second. So
+    many processes side by side fill the cache of compiled kernels before one process times them all.
     """
     part = os.environ.get("CTR_TUNING_PART")
     if part is not None:
@@ -99,27 +99,27 @@ def compile_some(first: int, parts: int, key: Any, default: Any, candidates: Ite
     file while it runs, so that the next process, and the search, leave out what is left there.
     """
     for choice in list(dict.fromkeys((default, *candidates)))[first % parts::parts]:
-        if tried(key, choice) is None or not tried(key, choice).exists():
-            if tried(key, choice) is not None:
-                tried(key, choice).touch()
-            time_of(choice, run, one_call)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if tried(key, choice) is not None:
-                tried(key, choice).unlink()
+        running = file_of(key, choice)
+        if running.exists():
+            continue
+        running.touch()
+        time_of(choice, run, one_call)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        running.unlink()
     return default
 
 
-def tried(key: Any, choice: Any) -> Path | None:
-    """The file of a candidate that is being tried; None without $CTR_TUNING_BAD."""
-    folder = os.environ.get("CTR_TUNING_BAD")
-    return Path(folder, re.sub(r"\W+", "-", f"{tuple(key)}-{tuple(choice)}")) if folder else None
+def file_of(key: Any, choice: Any) -> Path:
+    """The file in $CTR_TUNING_BAD that a candidate has while it runs."""
+    return Path(os.environ["CTR_TUNING_BAD"], re.sub(r"\W+", "-", f"{tuple(key)}-{tuple(choice)}"))
 
 
 def without_bad(key: Any, default: Any, candidates: Iterable[Any], *rest: Any) -> Any:
-    """The search, without candidates that ended a process."""
-    good = [choice for choice in candidates if tried(key, choice) is None or not tried(key, choice).exists()]
-    return SEARCH(key, default, good, *rest)
+    """The search, without candidates that ended a process, if other processes have compiled them."""
+    if "CTR_TUNING_BAD" in os.environ:
+        candidates = [choice for choice in candidates if not file_of(key, choice).exists()]
+    return SEARCH(key, default, candidates, *rest)
 
 
 def one_call(run: Callable[[], object]) -> float:

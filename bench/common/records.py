@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +13,8 @@ import click
 import torch
 
 from ctr_train import files
+
+from .commit import commit
 
 # Columns in their order; those without a heading stand above the table if they are the same in all rows.
 HEADINGS = {"kernel": "", "x": "", "mode": "", "provider": "provider", "p20": "p20 ms", "p50": "p50 ms",
@@ -89,7 +90,7 @@ class Machine:
     @classmethod
     def of(cls, device: Device, mm_gflops: float = 0.0, copy_gbps: float = 0.0) -> "Machine":
         return cls(device_name(device), torch.get_num_threads(), str(torch.__version__), torch.version.cuda or "",
-                   platform.python_version(), _commit(), LOAD, mm_gflops, copy_gbps)
+                   platform.python_version(), commit(), LOAD, mm_gflops, copy_gbps)
 
     def __str__(self) -> str:
         floors = f", mm {self.mm_gflops:,.0f} GFLOP/s, copy {self.copy_gbps:,.1f} GB/s" if self.mm_gflops else ""
@@ -169,15 +170,3 @@ def _text(name: str, value: Any) -> str:
             return f"{value:.1e}"
         return f"{value:,.{DECIMALS[name]}f}" if name in DECIMALS else f"{value:#.4g}".rstrip(".")
     return "" if value is None else str(value)
-
-
-def _commit() -> str:
-    """Short hash of the checkout, with "-dirty" if it has changes, or $CTR_COMMIT where it came without its history;
-    "unknown" outside a checkout."""
-    if os.environ.get("CTR_COMMIT"):
-        return os.environ["CTR_COMMIT"]
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -18,6 +18,9 @@ NUM_EMBEDDINGS = 2_000_000
 STATISTICS = Artifacts(history=True).num_statistics  # of each field, in rows prepared for the default recipe
 WEIGHT_DECAY = 0.01
 CLICK_RATE = 0.25
+# Optimizers of the baseline study, for `recipe_optimizers`.
+STUDY = {"embedding_optimizer": "sgd", "embedding_lr": 0.01, "embedding_weight_decay": 0.0, "lr": 1e-3,
+         "weight_decay": WEIGHT_DECAY}
 
 
 def optimizers_of(model: CTRModel, tables: str, kernels: str) -> list[torch.optim.Optimizer]:

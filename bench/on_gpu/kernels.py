@@ -22,13 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.training import WEIGHT_DECAY, random_batch
+from common.training import STUDY, random_batch, recipe_optimizers
 
 from ctr_kernels import ffn
 from ctr_kernels.attention import field_attention_packed
 from ctr_models import MODELS
 from ctr_train.data.loader import Batch
-from ctr_train.optim import make_optimizers, update
+from ctr_train.optim import update
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 BATCH, FIELDS, DIM, HEADS, HIDDEN = 4096, 27, 64, 4, 256
@@ -52,8 +52,7 @@ def work(precision: str, batch: int) -> dict[str, Callable[[], Any]]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
     model = MODELS["ft"](num_embeddings=2_000_000, dropout=0.0, kernels="triton").to(device)
-    optimizers = make_optimizers(model, embedding_optimizer="sgd", embedding_lr=0.01, lr=1e-3,
-                                 weight_decay=WEIGHT_DECAY, kernels="triton")
+    optimizers = recipe_optimizers(model, STUDY, "triton")
     dense, sparse, label = random_batch(batch, device)
     rows = Batch(dense, sparse.int(), label)
     qkv = torch.randn(batch, FIELDS, 3 * DIM, device=device).to(dtype).requires_grad_()

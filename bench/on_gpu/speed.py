@@ -23,7 +23,7 @@ import step
 from common.harness import Floors, Row, forward, forward_backward, measure_floors, measure_pairs, time_row
 from common.options import DTYPES, Settings
 from common.records import Machine, write_json
-from common.training import STATISTICS, WEIGHT_DECAY, default_recipe, recipe_model, recipe_optimizers
+from common.training import STATISTICS, STUDY, default_recipe, recipe_model, recipe_optimizers
 
 from ctr_models import MODELS, CTRModel
 from ctr_train.command import run_command
@@ -150,14 +150,11 @@ def built(make: Callable[[], Function]) -> Function:
 
 def training_step(s: Settings) -> Iterator[Group]:
     """FT-Transformer as the baseline study has it, without dropout: see `steps`."""
-    study = {"embedding_optimizer": "sgd", "embedding_lr": 0.01, "embedding_weight_decay": 0.0, "lr": 1e-3,
-             "weight_decay": WEIGHT_DECAY}
-
     def fresh(kernels: str) -> CTRModel:
         return MODELS["ft"](num_embeddings=table_rows(s), dropout=0.0, kernels=kernels)
 
     yield Group("step ft", "training step", f"B={s.batch} {s.precision}",
-                steps(s, fresh, study, step.random_batch(s.batch, s.device), [*TIMED, "compile max-autotune"]),
+                steps(s, fresh, STUDY, step.random_batch(s.batch, s.device), [*TIMED, "compile max-autotune"]),
                 70e9 * s.batch / 4096, 0.0)
 
 
